@@ -1,0 +1,84 @@
+#pragma once
+// A checkpoint is a directory `step_NNNNNNNN` of HDF5 shards and a manifest. It is complete or absent,
+// verified by checksums, and independent of the number of ranks and of any communicator: the trainer calls
+// prepare on the ranks that write, agrees with the others, then commits.
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/core/tensor.h"
+
+namespace checkpoints {
+
+using kernels::Tensor;
+
+// What a checkpoint holds besides tensors: everything needed to go on. Text and 64-bit integers only.
+struct Attributes {
+  std::map<std::string, std::string> text;  // "config", "tokenizer", "tokenizer_hash", "version", ...
+  std::map<std::string, int64_t> integers;  // "step", "updates", "tokens", ...
+};
+
+struct NamedTensor {
+  std::string name;  // "master/blocks.0.attention.q.weight", "m/...", "v/...", "state/optimizer": '/' makes
+                     // HDF5 groups
+  Tensor tensor;     // host memory
+};
+
+// Writes in the background into `.tmp-step_...` below `directory`: slabs of about 1 MiB, then fsync, then
+// reads back and verifies every tensor. The tensors are copied to host memory before start() returns, so
+// training can go on at once.
+class Writer {
+ public:
+  Writer(std::filesystem::path directory, int shards);
+  ~Writer();  // waits for the thread; an uncommitted save is removed
+  // CheckpointError when there is not enough free space; nothing is left behind then.
+  void start(int64_t step, const Attributes& attributes, const std::vector<NamedTensor>& tensors);
+  bool busy() const;     // a save is being written
+  bool written() const;  // a save is complete and waits for commit or discard
+  // Waits; returns false with a reason when the save failed (training goes on with a warning).
+  bool wait(std::string& reason);
+  // After all ranks agreed: manifest, fsync, rename, `latest`. Returns the checkpoint's path.
+  std::filesystem::path commit();
+  void discard();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+class Reader {
+ public:
+  // Verifies manifest, files and every tensor; CheckpointError names the file, the tensor and what to do.
+  explicit Reader(const std::filesystem::path& checkpoint);
+  ~Reader();
+  int64_t step() const;
+  const Attributes& attributes() const;
+  std::vector<std::string> names() const;
+  bool contains(const std::string& name) const;
+  kernels::Shape shape(const std::string& name) const;
+  kernels::DType dtype(const std::string& name) const;
+  // Into host memory of exactly the stored type and shape.
+  void read(const std::string& name, Tensor into) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// The newest checkpoint below `directory` that verifies; empty path when there is no step directory at all;
+// CheckpointError when there are some but none verifies. Bad ones are renamed to *.bad when `set_aside`, each
+// reported to `warn`.
+std::filesystem::path find_newest(const std::filesystem::path& directory, bool set_aside,
+                                  const std::function<void(const std::string&)>& warn);
+// RUN directory, its checkpoints folder, or a checkpoint itself -> a checkpoint path.
+std::filesystem::path resolve(const std::filesystem::path& run_or_checkpoint);
+bool has_steps(const std::filesystem::path& directory);
+// Keeps the newest `keep` (at least 2), multiples of keep_every, and `best` (step, or -1); never the only
+// verified one.
+void retain(const std::filesystem::path& directory, int64_t keep, int64_t keep_every, int64_t best);
+
+}  // namespace checkpoints

@@ -1,0 +1,75 @@
+#pragma once
+// A group of ranks that exchange tensors. `local` is one rank in one process; `mpi` wraps an MPI communicator
+// (host memory); nccl comes with CUDA. Every call is collective over the group, made by all its ranks in the
+// same order. A call that does not complete within the deadline, or whose peers run another operation (each
+// collective carries a sequence number and an operation hash), throws CommError naming the operation and,
+// where known, the late ranks.
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/core/tensor.h"
+
+namespace comm {
+
+using kernels::Tensor;
+
+enum class Reduce { sum, max };
+
+// A collective in flight. Its tensor must not be touched until wait() returns. Destroying an unfinished
+// request waits.
+class Request {
+ public:
+  virtual ~Request() = default;
+  virtual bool test() = 0;  // moves data along; true when complete
+  virtual void wait() = 0;
+};
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // In place, element-wise; f32, f64, i32, i64. Every rank ends with identical bits.
+  virtual void all_reduce(Tensor t, Reduce op) = 0;
+  virtual std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) = 0;
+  virtual void broadcast(Tensor t, int root) = 0;
+  // (size * n) <- (n) of each rank, in rank order.
+  virtual void all_gather(const Tensor& mine, Tensor all) = 0;
+  virtual void barrier() = 0;
+
+  // Small host values, built on the above.
+  std::string broadcast(const std::string& text, int root);
+  double all_reduce(double value, Reduce op);
+  int64_t all_reduce(int64_t value, Reduce op);
+};
+
+std::unique_ptr<Communicator> make_local_communicator();
+
+// Starts the message-passing layer if the process was launched by mpirun or srun, and ends it: the only place
+// that initialises and finalises MPI. Without a launcher the world is `local` and MPI is never touched.
+class Session {
+ public:
+  Session(int* argc, char*** argv, std::chrono::seconds deadline = std::chrono::minutes(10));
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  Communicator& world() { return *world_; }
+  int local_rank() const { return local_rank_; }  // among the ranks of this host
+  int local_size() const { return local_size_; }
+  // Ends every rank of the job with this exit code; used by main after an error on any one rank. Does not
+  // return.
+  [[noreturn]] void abort(int exit_code);
+
+ private:
+  std::unique_ptr<Communicator> world_;
+  int local_rank_ = 0, local_size_ = 1;
+  bool mpi_ = false;
+};
+
+}  // namespace comm

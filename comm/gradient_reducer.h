@@ -1,0 +1,32 @@
+#pragma once
+// Sums the gradients of all ranks in buckets while the backward still runs. The flat gradient buffer is cut
+// into buckets from its end, since the backward finishes the last parameters first. The trainer calls
+// ready(begin) whenever every gradient at or beyond element `begin` is final; buckets that have become whole
+// are sent. progress() moves data along (MPI advances mostly inside its own calls) and is called between
+// layers; finish() waits for all.
+#include <memory>
+#include <vector>
+
+#include "comm/communicator.h"
+
+namespace comm {
+
+class GradientReducer {
+ public:
+  // gradients: dense (P) fp32, the same on every rank. bucket_bytes: at least this much is sent at once.
+  GradientReducer(Communicator& communicator, Tensor gradients, size_t bucket_bytes);
+  void ready(int64_t begin);
+  void progress();
+  void finish();
+  // Elements [begin, end) of each bucket in the order they are sent; for tests and the plan.
+  const std::vector<std::pair<int64_t, int64_t>>& buckets() const { return buckets_; }
+
+ private:
+  Communicator& communicator_;
+  Tensor gradients_;
+  std::vector<std::pair<int64_t, int64_t>> buckets_;
+  std::vector<std::unique_ptr<Request>> in_flight_;
+  size_t next_ = 0;
+};
+
+}  // namespace comm

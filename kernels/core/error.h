@@ -1,0 +1,31 @@
+#pragma once
+// The exceptions of Foretell. Each carries one line that says what is wrong and what to do; the command line
+// maps the type to an exit code (ConfigError 2; DataError and CheckpointError 74; everything else 1).
+#include <stdexcept>
+#include <string>
+
+namespace kernels {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct ConfigError : Error {
+  using Error::Error;
+};
+struct DataError : Error {
+  using Error::Error;
+};
+struct ShapeError : Error {
+  using Error::Error;
+};
+struct DeviceError : Error {
+  using Error::Error;
+};
+struct CommError : Error {
+  using Error::Error;
+};
+struct CheckpointError : Error {
+  using Error::Error;
+};
+
+}  // namespace kernels

@@ -1,0 +1,125 @@
+#include "kernels/core/parallel.h"
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace kernels {
+
+namespace {
+
+// About 50 microseconds of spinning before a thread sleeps: longer than the gaps inside a decode step,
+// shorter than a scheduler tick.
+constexpr int kSpins = 4000;
+thread_local bool inside_region = false;
+
+class Team {
+ public:
+  explicit Team(int count) : count_(count) {
+    for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+  ~Team() {
+    stop_ = true;
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+  int count() const { return count_; }
+
+  void run(detail::RegionFn fn, void* state) {
+    fn_ = fn;
+    state_ = state;
+    pending_.store(count_ - 1, std::memory_order_relaxed);
+    epoch_.fetch_add(1);  // ordered before the look at sleepers_, so that no wake-up is missed
+    if (sleepers_.load() > 0) epoch_.notify_all();
+    call(0);
+    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0;)
+      if (++spins < kSpins) {
+        _mm_pause();
+      } else {
+        sched_yield();
+      }
+    if (failed_.load(std::memory_order_relaxed)) {
+      failed_ = false;
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
+  }
+
+ private:
+  void call(int thread) {
+    inside_region = true;
+    try {
+      fn_(state_, thread, count_);
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+    inside_region = false;
+  }
+
+  void work(int thread) {
+    uint32_t seen = 0;
+    while (true) {
+      for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins)
+        _mm_pause();
+      if (epoch_.load(std::memory_order_acquire) == seen) {
+        sleepers_.fetch_add(1);
+        epoch_.wait(seen);
+        sleepers_.fetch_sub(1);
+      }
+      seen = epoch_.load(std::memory_order_acquire);
+      if (stop_) return;
+      call(thread);
+      pending_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const int count_;
+  std::vector<std::thread> workers_;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> pending_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false}, failed_{false};
+  std::exception_ptr error_;
+  detail::RegionFn fn_ = nullptr;
+  void* state_ = nullptr;
+};
+
+std::unique_ptr<Team>& team() {
+  static std::unique_ptr<Team> instance;
+  return instance;
+}
+
+}  // namespace
+
+int available_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return std::max(1, CPU_COUNT(&set));
+}
+
+void set_threads(int count) {
+  const int wanted = count > 0 ? count : available_cores();
+  if (team() && team()->count() == wanted) return;
+  team().reset();
+  team() = std::make_unique<Team>(wanted);
+}
+
+int threads() {
+  if (!team()) set_threads(0);
+  return team()->count();
+}
+
+void detail::run_region(RegionFn fn, void* state) {
+  if (inside_region || threads() == 1) return fn(state, 0, 1);
+  team()->run(fn, state);
+}
+
+}  // namespace kernels

@@ -1,0 +1,47 @@
+#pragma once
+// The CPU threads of this process: one team, started once, that spins briefly between regions and then
+// sleeps, so that a decode step of a hundred short operations is not dominated by wake-ups. Regions do not
+// nest: a region started inside another runs on the calling thread.
+#include <cstdint>
+#include <type_traits>
+
+namespace kernels {
+
+// Cores this process may run on (its affinity mask), which is what threads default to.
+int available_cores();
+// Number of threads of the team, the caller included. May be set again between regions. 0 means
+// available_cores().
+void set_threads(int count);
+int threads();
+
+namespace detail {
+using RegionFn = void (*)(void* state, int thread, int count);
+void run_region(RegionFn fn, void* state);
+}  // namespace detail
+
+// Calls fn(thread, count) once on each thread of the team and returns when all are done. The first exception
+// is rethrown.
+template <typename Fn>
+void parallel_region(Fn&& fn) {
+  using F = std::remove_reference_t<Fn>;
+  detail::run_region([](void* s, int thread, int count) { (*static_cast<F*>(s))(thread, count); }, &fn);
+}
+
+// Splits [0, n) into one contiguous range per thread, in multiples of grain, and calls fn(begin, end) on
+// each. Work of at most one grain stays on the caller. Which thread gets which range depends on n, grain and
+// threads() alone.
+template <typename Fn>
+void parallel_for(int64_t n, int64_t grain, Fn&& fn) {
+  const int64_t blocks = (n + grain - 1) / grain;
+  if (blocks <= 1 || threads() == 1) {
+    if (n > 0) fn(int64_t{0}, n);
+    return;
+  }
+  parallel_region([&](int thread, int count) {
+    const int64_t begin = blocks * thread / count * grain;
+    const int64_t end = blocks * (thread + 1) / count * grain;
+    if (begin < n && begin < end) fn(begin, end < n ? end : n);
+  });
+}
+
+}  // namespace kernels

@@ -1,0 +1,109 @@
+#pragma once
+// One optimizer step over flat buffers, driven by a state that lives on the device. No value is read back by
+// the host inside a step.
+//
+// Order:  gradients reduced -> gradient_statistics -> (MAX of state.nonfinite over ranks) ->
+// update_loss_scale -> adamw
+//
+//   gradient_statistics   norm^2 = sum (multiplier * g)^2 over trainable segments; counts non-finite elements
+//   and records
+//                         the first segment that holds one. multiplier = 1 / loss_scale * the caller's
+//                         normaliser.
+//   update_loss_scale     the state machine of dynamic loss scaling; sets state.skip.
+//   adamw                 skipped when state.skip: nothing moves but state.step. Otherwise, with c = min(1,
+//   clip / norm),
+//                         g' = c * multiplier * g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
+//                         master -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay * master),  t =
+//                         updates + 1 weight = master rounded to the compute type.  decay applies to segments
+//                         marked so.
+// Gradients are left as they are; the next step clears them. Everything but `weights` is fp32.
+// Sources: Loshchilov & Hutter 2019 (AdamW); Micikevicius et al. 2018 (loss scaling); hysteresis as
+// Megatron-LM.
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/core/context.h"
+#include "kernels/core/tensor.h"
+
+namespace kernels {
+
+// A parameter's place in the flat buffers, in elements.
+struct Segment {
+  int64_t begin = 0, count = 0;
+  bool decay = false;
+  bool trainable = true;
+};
+
+enum class Hysteresis : int32_t { none, until_growth, consecutive };
+enum class ScheduleKind : int32_t { constant, cosine, linear, warmup_stable_decay };
+
+// Learning rate as a function of the number of updates u made so far:
+//   u < warmup: lr (u + 1) / warmup.  After it, with s = (u - warmup) / (total - warmup) clamped to [0, 1]:
+//   cosine: floor + (1 - floor) (1 + cos(pi s)) / 2;   linear: 1 - (1 - floor) s;
+//   warmup_stable_decay: 1 until the last decay_fraction of all updates, then linear to floor.   All times
+//   lr.
+struct Schedule {
+  ScheduleKind kind = ScheduleKind::cosine;
+  float lr = 3e-4f;
+  int64_t warmup = 0, total = 1;
+  float floor = 0.1f;
+  float decay_fraction = 0.2f;
+};
+float learning_rate(const Schedule& schedule, int64_t updates);
+
+struct LossScaleRules {
+  bool dynamic = true;  // false: the scale stays as it is (bf16, fp32), non-finite steps are still skipped
+  float growth = 2.0f, backoff = 0.5f;
+  int32_t growth_interval = 2000;
+  Hysteresis hysteresis = Hysteresis::none;
+  int32_t hysteresis_steps = 2;  // overflows tolerated before backing off
+  float minimum = 1.0f, maximum = 4294967296.0f;
+};
+
+// Lives in device memory, is saved whole in checkpoints. Plain data.
+struct OptimizerState {
+  int64_t step = 0;     // attempts: keys the data
+  int64_t updates = 0;  // successful ones: keys schedule and bias correction
+  float loss_scale = 65536.0f;
+  int32_t clean_steps = 0;  // since the last growth or overflow
+  int32_t hysteresis_left = 2;
+  int32_t consecutive_skips = 0;
+  int64_t skipped = 0;  // all skipped steps so far
+  // Of the current step:
+  int32_t nonfinite = 0;         // MAX-agreed over ranks between the two kernels
+  int32_t first_nonfinite = -1;  // segment index on this rank, -1 if none
+  int32_t skip = 0;
+  float gradient_norm = 0.0f;  // unscaled, before clipping
+  float learning_rate = 0.0f;
+  float reserved = 0.0f;
+};
+
+struct AdamWParams {
+  Schedule schedule;
+  float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, clip = 1.0f;  // clip 0: none
+};
+
+struct OptimizerBuffers {
+  Tensor weights;    // (P) compute type
+  Tensor master;     // (P) main type, as are the rest
+  Tensor gradients;  // (P)
+  Tensor m, v;       // (P)
+  Tensor state;      // (sizeof(OptimizerState)) uint8, on the same device
+};
+
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, float normaliser,
+                         OptimizerBuffers& buffers);
+void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
+void adamw(const Context& ctx, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
+           OptimizerBuffers& buffers);
+
+namespace cpu {
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, float normaliser,
+                         OptimizerBuffers& buffers);
+void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
+void adamw(const Context& ctx, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
+           OptimizerBuffers& buffers);
+}  // namespace cpu
+
+}  // namespace kernels

@@ -1,0 +1,41 @@
+#pragma once
+// Causal softmax attention over packed sequences, grouped key/value heads.
+//   o_i = sum_{j <= i, same sequence} p_ij v_j,   p_i = softmax_j(q_i . k_j / sqrt(D))
+// q, o (N, H, D); k, v (N, Hk, D), H a multiple of Hk: query head h reads key head h / (H / Hk).
+// cu_seqlens (S + 1) int32: sequence s owns rows [cu_seqlens[s], cu_seqlens[s + 1]).
+// Saved: log_sum (N, H) main type, the log of the softmax denominator, so that the backward rebuilds p.
+// Backward: dq, dk, dv written. Scores, softmax and sums are fp32. Source: Vaswani et al. 2017; Dao et al.
+// 2022 (tiling).
+//
+// Decoding: the step's k, v rows are written to the cache at slots lengths[b] + j; each row then reads every
+// committed slot and, of the step's own, its ancestors. Sums run over slots in ascending order, so a row's
+// result does not depend on the other rows of the step. cache_k, cache_v (B, capacity, Hk, D). commit moves
+// the accepted rows' slots to lengths[b], lengths[b] + 1, ...
+#include "kernels/core/context.h"
+#include "kernels/ops/decode_rows.h"
+
+namespace kernels {
+
+void softmax_attention(const Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& cu_seqlens, Tensor o, Tensor log_sum);
+void softmax_attention_backward(const Context& ctx, const Tensor& dout, const Tensor& q, const Tensor& k,
+                                const Tensor& v, const Tensor& o, const Tensor& log_sum,
+                                const Tensor& cu_seqlens, Tensor dq, Tensor dk, Tensor dv);
+void softmax_attention_decode(const Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const DecodeRows& rows, Tensor cache_k, Tensor cache_v, Tensor o);
+// Also used by every state that keeps rows: cache (B, capacity, ...). `base` is subtracted from lengths[b] (0
+// for a plain cache; kFold-aligned fold position otherwise, see linear_attention.h) when it is set.
+void commit_rows(const Context& ctx, const CommitPath& path, bool since_fold, Tensor cache);
+
+namespace cpu {
+void softmax_attention(const Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& cu_seqlens, Tensor o, Tensor log_sum);
+void softmax_attention_backward(const Context& ctx, const Tensor& dout, const Tensor& q, const Tensor& k,
+                                const Tensor& v, const Tensor& o, const Tensor& log_sum,
+                                const Tensor& cu_seqlens, Tensor dq, Tensor dk, Tensor dv);
+void softmax_attention_decode(const Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const DecodeRows& rows, Tensor cache_k, Tensor cache_v, Tensor o);
+void commit_rows(const Context& ctx, const CommitPath& path, bool since_fold, Tensor cache);
+}  // namespace cpu
+
+}  // namespace kernels

@@ -1,0 +1,41 @@
+#pragma once
+// Speculative decoding: one text, or a measured comparison of drafters.
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "configs/config.h"
+#include "kernels/core/context.h"
+#include "trainer/model/load.h"
+
+namespace trainer {
+
+// Validation perplexity, bits per byte, n-gram anchors, the plain baseline and every (drafter, acceptance,
+// temperature); writes report.json and report.html into `output` (complete or absent). `progress` gets one
+// line per finished part.
+void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::path& run,
+              const std::filesystem::path& output, const std::function<void(const std::string&)>& progress);
+// The table printed after an evaluation, from report.json.
+std::string report_table(const std::filesystem::path& report_json);
+
+struct GenerateOptions {
+  std::string prompt;
+  int64_t max_tokens = 128;
+  std::string drafter = "none";  // none | a name of drafters()
+  std::string acceptance = "greedy";
+  double temperature = 0;
+  uint64_t seed = 1;
+};
+struct Generated {
+  std::string text;
+  int64_t tokens = 0, steps = 0;
+  double seconds = 0;             // decoding alone
+  std::vector<int64_t> accepted;  // tokens gained at each step
+};
+// `on_text` receives the text as it is accepted.
+Generated generate(const Context& ctx, LoadedModel& loaded, const GenerateOptions& options,
+                   const std::function<void(const std::string&)>& on_text);
+
+}  // namespace trainer

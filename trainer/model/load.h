@@ -1,0 +1,28 @@
+#pragma once
+// A model back from a checkpoint, for evaluation and generation.
+#include <filesystem>
+#include <memory>
+
+#include "configs/config.h"
+#include "data/tokenizer.h"
+#include "trainer/model/model.h"
+
+namespace trainer {
+
+struct LoadedModel {
+  std::filesystem::path checkpoint;
+  int64_t step = 0;
+  configs::Config config;  // as trained, with overrides applied to [decode], [data], [train] and [log]
+  std::unique_ptr<data::Tokenizer> tokenizer;
+  std::unique_ptr<Model> model;  // weights only, ready for decoding
+};
+// CheckpointError when it does not verify or does not fit its own configuration.
+LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
+                       const std::vector<std::string>& overrides);
+// Takes weights into a model that may hold heads the checkpoint lacks (those keep their fresh values, and are
+// returned); a tensor of another shape, or a trunk tensor that is missing, is a CheckpointError that names
+// it.
+std::vector<std::string> load_weights(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
+                                      Model& model);
+
+}  // namespace trainer

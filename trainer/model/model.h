@@ -1,0 +1,105 @@
+#pragma once
+// The model: a trunk of pre-norm blocks, and heads that look further ahead. The same forward serves training,
+// evaluation, prefill, drafting and verification.
+//
+//   x_0 = E[tokens] (+ P[positions]);  x += attention(norm(x));  x += mlp(norm(x));  hidden = norm(x)
+//   language model   logits(hidden_i)            predicts token i + 1    (offset 0)
+//   Medusa k >= 0    logits(residual_k(hidden_i)) predicts token i + 2 + k (offset k + 1)
+//   MTP depth k >= 1 hidden^k_i = norm(block(W [norm(E[token i + k]); norm(hidden^{k-1}_i)])), hidden^0 =
+//   hidden;
+//                    logits(hidden^k_i)          predicts token i + 1 + k (offset k)
+// Sources: Cai et al. 2024 (Medusa), DeepSeek-V3 technical report 2024 (MTP).
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "configs/config.h"
+#include "trainer/model/attention/attention.h"
+#include "trainer/model/parameters.h"
+
+namespace trainer {
+
+// A micro-batch on the device; data::Batch says what the fields mean.
+struct ModelBatch {
+  Tensor tokens, positions, cu_seqlens;  // (N), (N), (S + 1) int32
+  Tensor targets;                        // (K, N) int32
+  Tensor weights;                        // (K, N) fp32
+};
+
+struct HeadLoss {
+  std::string name;  // "lm", "medusa.0", "mtp.1"
+  int64_t offset;    // row of targets and weights: 0 is the next token
+  double weight;     // in the total loss; 1 for the language model
+};
+
+// States of the trunk's layers, or of one MTP depth's block, for B sequences.
+class DecodeState {
+ public:
+  DecodeState(int64_t batch, int64_t capacity) : batch_(batch), capacity_(capacity) {}
+  int64_t batch() const { return batch_; }
+  int64_t capacity() const { return capacity_; }
+  std::vector<std::unique_ptr<AttentionState>>& layers() { return layers_; }
+  void commit(const Context& ctx, const kernels::CommitPath& path);
+  void reset(const Context& ctx);
+
+ private:
+  int64_t batch_, capacity_;
+  std::vector<std::unique_ptr<AttentionState>> layers_;
+};
+
+class Model {
+ public:
+  Model(const configs::Config& config, int64_t vocabulary);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  ParameterStore& parameters();
+  const ParameterStore& parameters() const;
+  const configs::Config& config() const;
+  int64_t vocabulary() const;
+  int64_t width() const;
+  // The losses in the order of forward_backward's loss_sums; K = 1 + the largest offset.
+  const std::vector<HeadLoss>& losses() const;
+  int64_t offsets() const;
+
+  // One micro-batch: forward, every head's loss, backward; gradients are accumulated (+=).
+  //   seeds[i]     seed of loss i's gradient: loss scale, loss weight and normaliser multiplied
+  //   loss_sums    (losses) fp64: += weighted sum of the token losses
+  //   gradients_final(begin)  is called during the backward whenever every gradient from element `begin` on
+  //   is final
+  // `saved` is the arena of activations, ctx.scratch the working memory.
+  void forward_backward(const Context& ctx, const ModelBatch& batch, std::span<const float> seeds,
+                        kernels::Arena& saved, Tensor loss_sums,
+                        const std::function<void(int64_t)>& gradients_final) const;
+  // Losses only.
+  void evaluate(const Context& ctx, const ModelBatch& batch, kernels::Arena& saved, Tensor loss_sums) const;
+
+  // Decoding. Call prepare_decoding once after the weights are there (packs them for the row-invariant
+  // kernels).
+  void prepare_decoding(const Context& ctx);
+  DecodeState make_trunk_state(const Context& ctx, int64_t batch, int64_t capacity) const;
+  DecodeState make_mtp_state(const Context& ctx, int64_t batch, int64_t capacity) const;  // one depth
+  // hidden (N, C) of the step's rows; state is appended to, not committed.
+  void decode_trunk(const Context& ctx, const Tensor& tokens, const kernels::DecodeRows& rows,
+                    DecodeState& state, Tensor hidden) const;
+  // MTP depth `depth` (1-based; one beyond the last uses the last again): row i combines hidden_in row i with
+  // tokens[i].
+  void decode_mtp(const Context& ctx, int64_t depth, const Tensor& tokens, const Tensor& hidden_in,
+                  const kernels::DecodeRows& rows, DecodeState& state, Tensor hidden_out) const;
+  // Medusa head k's hidden rows from the trunk's.
+  void medusa_hidden(const Context& ctx, int64_t head, const Tensor& hidden, Tensor out) const;
+  // logits (N, V) fp32 of hidden rows; medusa_head >= 0 uses that head's own vocabulary layer where it has
+  // one.
+  void logits(const Context& ctx, const Tensor& hidden, Tensor logits, int64_t medusa_head = -1) const;
+  // Bytes of weights that one plain decoding step reads.
+  int64_t decode_weight_bytes() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace trainer
