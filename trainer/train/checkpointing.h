@@ -1,0 +1,56 @@
+#pragma once
+// What a training run saves and how it comes back. Rank 0 holds the whole state (data parallel), so it alone
+// writes; every rank reads.
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "checkpoints/checkpoint.h"
+#include "comm/communicator.h"
+#include "configs/config.h"
+#include "trainer/model/model.h"
+
+namespace trainer {
+
+// What the run has done so far, besides weights, moments and the optimizer's state.
+struct Progress {
+  int64_t tokens = 0;
+  int64_t best_step = -1;
+  double best_validation_loss = 0;
+};
+
+class Checkpointing {
+ public:
+  Checkpointing(const configs::Config& config, comm::Communicator& ranks, Model& model, std::string tokenizer,
+                std::string tokenizer_hash);
+
+  // The checkpoint to go on from by `resume` (none | auto | path), the same on every rank; empty to start
+  // afresh. ConfigError when the run already has steps and resume is none.
+  std::filesystem::path choose(const std::string& resume) const;
+  // Reads it into the model and its optimizer; CheckpointError when it belongs to another model or tokenizer.
+  Progress restore(const std::filesystem::path& checkpoint);
+
+  // Starts a background save on rank 0. An earlier save still being written is waited for and committed
+  // first.
+  void save(const Progress& progress);
+  // Commits a save that has been written, if there is one. Called between steps. Returns its path, else
+  // empty.
+  std::filesystem::path poll(const Progress& progress);
+  // Waits for the save in flight and commits it; CheckpointError when it failed and `must` is set, a warning
+  // otherwise.
+  std::filesystem::path finish(const Progress& progress, bool must);
+
+ private:
+  std::vector<checkpoints::NamedTensor> tensors() const;
+
+  const configs::Config& config_;
+  comm::Communicator& ranks_;
+  Model& model_;
+  std::string tokenizer_, tokenizer_hash_;
+  std::filesystem::path directory_;
+  std::unique_ptr<checkpoints::Writer> writer_;  // rank 0
+  std::string last_failure_;                     // why the latest save could not even start
+};
+
+}  // namespace trainer

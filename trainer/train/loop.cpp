@@ -1,0 +1,178 @@
+#include "trainer/train/loop.h"
+
+#include <fmt/format.h>
+
+#include <fstream>
+
+#include "data/batch_loader.h"
+#include "data/dataset.h"
+#include "kernels/core/error.h"
+#include "trainer/model/load.h"
+#include "trainer/optim/settings.h"
+#include "trainer/train/checkpointing.h"
+#include "trainer/train/metrics.h"
+#include "trainer/train/step.h"
+
+namespace trainer {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+data::LoaderParams loader_params(const configs::Config& config, int64_t offsets) {
+  return {static_cast<uint64_t>(config.train.seed), config.train.batch, config.train.micro_batch,
+          config.model.context, offsets};
+}
+
+void check_sizes(const configs::Config& config, const data::TokenDataset& dataset,
+                 const comm::Communicator& ranks) {
+  if (dataset.samples() < ranks.size())
+    throw kernels::ConfigError(
+        fmt::format("{} ranks but only {} training samples in {}: start fewer ranks or prepare more text",
+                    ranks.size(), dataset.samples(), config.data.path));
+  const int64_t micro_batches =
+      (config.train.batch + config.train.micro_batch - 1) / config.train.micro_batch;
+  if (ranks.rank() == 0 && micro_batches < ranks.size())
+    fmt::print(stderr,
+               "warning: train.batch {} in micro-batches of {} keeps only {} of {} ranks busy: lower "
+               "train.micro_batch\n",
+               config.train.batch, config.train.micro_batch, micro_batches, ranks.size());
+}
+
+// One job of one rank, with everything it holds.
+class Job {
+ public:
+  Job(const configs::Config& config, comm::Communicator& ranks, const kernels::Context& ctx,
+      const TrainOptions& options)
+      : config_(config),
+        ranks_(ranks),
+        ctx_(ctx),
+        options_(options),
+        tokenizer_(data::load_tokenizer(config.data.path)),
+        dataset_(config.data.path, "train", config.model.context),
+        validation_(config.data.path, "validation", config.model.context),
+        model_(config, tokenizer_->vocabulary()),
+        loader_(dataset_, loader_params(config, model_.offsets())),
+        validation_loader_(validation_, loader_params(config, model_.offsets())),
+        checkpointing_(config_, ranks, model_, tokenizer_->serialized(), tokenizer_->hash()) {
+    check_sizes(config, dataset_, ranks);
+  }
+
+  TrainResult run() {
+    const fs::path from = checkpointing_.choose(options_.resume);
+    model_.parameters().allocate(ctx_.device, compute_dtype(config_), true);
+    model_.parameters().initialize(ctx_, static_cast<uint64_t>(config_.train.seed));
+    if (from.empty() && !config_.train.init_from.empty()) take_initial_weights();
+    Stepper stepper(config_, model_, loader_, ranks_, ctx_);
+    if (!from.empty()) progress_ = checkpointing_.restore(from);
+    model_.parameters().refresh_weights(ctx_);
+    if (ranks_.rank() == 0) open_run(from, stepper);
+    const bool asked = steps(stepper);
+    const fs::path last = checkpointing_.finish(progress_, true);
+    committed(last);
+    ranks_.barrier();
+    return {asked ? StopReason::asked_to_stop : StopReason::finished, stepper.state().step,
+            last.empty() ? fs::path(config_.log.run) / "checkpoints" : last};
+  }
+
+ private:
+  void take_initial_weights() {
+    const auto fresh = load_weights(ctx_, config_.train.init_from, model_);
+    if (ranks_.rank() == 0)
+      fmt::print("weights from {}{}\n", config_.train.init_from,
+                 fresh.empty() ? "" : fmt::format("; {} tensors of new heads start fresh", fresh.size()));
+  }
+
+  void open_run(const fs::path& from, const Stepper& stepper) {
+    fs::create_directories(config_.log.run);
+    std::ofstream(fs::path(config_.log.run) / "config.resolved.cfg") << configs::to_ini(config_);
+    std::vector<std::string> names;
+    for (const auto& loss : model_.losses()) names.push_back(loss.name);
+    log_ = std::make_unique<MetricsLog>(config_.log.run, stepper.state().step, config_.train.steps,
+                                        config_.log.every, names);
+    log_->note(fmt::format("{:.2f}M parameters, {} training tokens, {} samples a step on {} rank{} ({})",
+                           static_cast<double>(model_.parameters().elements()) / 1e6, dataset_.tokens(),
+                           config_.train.batch, ranks_.size(), ranks_.size() == 1 ? "" : "s",
+                           kernels::describe(ctx_.device)));
+    if (!from.empty())
+      log_->note(fmt::format("going on from {} at step {}", from.string(), stepper.state().step));
+  }
+
+  // True when the job was asked to stop.
+  bool steps(Stepper& stepper) {
+    int64_t saved_at = stepper.state().step;
+    bool asked = false;
+    while (stepper.state().step < config_.train.steps && !asked) {
+      const StepMetrics metrics = stepper.run(options_.stop_requested());
+      progress_.tokens += static_cast<int64_t>(metrics.tokens);
+      asked = metrics.stop_requested;
+      const int64_t done = stepper.state().step;
+      if (log_) log_->step(metrics, progress_.tokens);
+      check_skips(metrics);
+      const bool last = done == config_.train.steps;
+      if (config_.train.validate_every > 0 && (done % config_.train.validate_every == 0 || last))
+        validate(stepper, done);
+      committed(checkpointing_.poll(progress_));
+      const bool due = config_.checkpoint.every > 0 && done % config_.checkpoint.every == 0;
+      if ((due || last || asked) && done != saved_at) {
+        committed(checkpointing_.finish(progress_, false));
+        if (log_) log_->flush();
+        checkpointing_.save(progress_);
+        saved_at = done;
+      }
+    }
+    return asked;
+  }
+
+  void check_skips(const StepMetrics& metrics) const {
+    if (metrics.consecutive_skips < config_.precision.max_consecutive_skips) return;
+    throw kernels::Error(
+        fmt::format("{} steps in a row overflowed (loss scale {:g}); the first non-finite gradient is in "
+                    "{}{}: lower optim.lr, or use "
+                    "precision.compute=bf16 or fp32",
+                    metrics.consecutive_skips, metrics.loss_scale, metrics.nonfinite_tensor,
+                    metrics.nonfinite_rank < 0 ? "" : fmt::format(" on rank {}", metrics.nonfinite_rank)));
+  }
+
+  void validate(Stepper& stepper, int64_t done) {
+    auto batches = validation_loader_.all_micro_batches();
+    if (batches.empty()) return;
+    // Spread over the whole split, the same ones every time.
+    std::vector<std::vector<int64_t>> chosen;
+    const size_t count = std::min<size_t>(batches.size(), config_.train.validate_batches);
+    for (size_t i = 0; i < count; ++i) chosen.push_back(std::move(batches[i * batches.size() / count]));
+    const auto losses = stepper.validate(validation_loader_, chosen);
+    if (log_) log_->validation(done, losses);
+    if (progress_.best_step < 0 || losses.front() < progress_.best_validation_loss) {
+      progress_.best_step = done;
+      progress_.best_validation_loss = losses.front();
+    }
+  }
+
+  void committed(const fs::path& checkpoint) {
+    if (checkpoint.empty()) return;
+    if (log_) log_->note(fmt::format("saved {}", checkpoint.string()));
+    if (ranks_.rank() == 0) options_.on_checkpoint(checkpoint);
+  }
+
+  const configs::Config config_;
+  comm::Communicator& ranks_;
+  kernels::Context ctx_;
+  const TrainOptions& options_;
+  std::unique_ptr<data::Tokenizer> tokenizer_;
+  data::TokenDataset dataset_, validation_;
+  Model model_;
+  data::BatchLoader loader_, validation_loader_;
+  Checkpointing checkpointing_;
+  Progress progress_;
+  std::unique_ptr<MetricsLog> log_;
+};
+
+}  // namespace
+
+TrainResult train(const configs::Config& config, comm::Communicator& ranks, const kernels::Context& ctx,
+                  const TrainOptions& options) {
+  return Job(config, ranks, ctx, options).run();
+}
+
+}  // namespace trainer
