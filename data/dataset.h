@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -24,13 +23,14 @@ class TokenDataset {
 
   int64_t samples() const;
   int64_t tokens() const;
-  int64_t bytes() const;  // of the text behind the tokens, for bits per byte
+  // Bytes of text behind the predicted tokens (all but the first of each document), for bits per byte.
+  int64_t bytes() const;
   int64_t documents() const;
-  int64_t length(int64_t sample) const;                   // tokens of a sample, 2 to context + 1
-  std::span<const int32_t> sample(int64_t sample) const;  // its tokens (memory-mapped)
+  int64_t length(int64_t sample) const;               // tokens of a sample, 2 to context + 1
+  std::vector<int32_t> sample(int64_t sample) const;  // its tokens, copied out of the shard
   // Loss weight of each token of the sample; empty means all 1.
-  std::span<const float> weights(int64_t sample) const;
-  std::span<const int32_t> document(int64_t document) const;
+  std::vector<float> weights(int64_t sample) const;
+  std::vector<int32_t> document(int64_t document) const;  // ends with the end-of-text token
   std::string document_name(int64_t document) const;
 
  private:
