@@ -2,6 +2,9 @@
 // The whole configuration. Each section is a plain struct whose options() names every member once: key, range
 // or choices, help. That one line feeds parsing, --set, validation, help, `foretell config`, the resolved
 // dump and the checkpoint. Defaults are the members' initial values.
+//
+// A file is INI: `[section]`, `key = value`, blank lines. A comment starts with `#` at the beginning of a
+// line or after white space; a `#` inside a value is an error, since the rest would be lost silently.
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -164,14 +167,15 @@ struct CheckpointConfig {
 };
 
 struct DecodeConfig {
-  std::string drafters = "medusa,medusa_tree,mtp,ngram", acceptance = "greedy,rejection,typical",
-              temperature = "0,1";
+  std::string drafters = "auto", acceptance = "greedy,rejection,typical", temperature = "0,1";
   int64_t max_tokens = 128, prompts = 8, prompt_tokens = 64, repeats = 3, max_drafts = 4, tree_nodes = 6,
           seed = 1, batches = 0;
   double typical_epsilon = 0.09, typical_delta = 0.3;
   template <typename Visitor>
   void options(Visitor&& v) {
-    v(drafters, "drafters", Choices{}, "drafters to evaluate, comma-separated");
+    v(drafters, "drafters", Choices{},
+      "drafters to evaluate, comma-separated: medusa, medusa_tree, mtp, ngram; auto: all that have their "
+      "heads");
     v(acceptance, "acceptance", Choices{}, "acceptance rules to evaluate: greedy, rejection, typical");
     v(temperature, "temperature", Choices{},
       "temperatures to evaluate, comma-separated; greedy acceptance uses 0");
@@ -228,6 +232,17 @@ struct Config {
   }
 };
 
+// The attention kinds a pattern may name: the rows of trainer's attention table.
+const std::vector<std::string>& attention_kind_names();
+// The drafters, each with the heads it drafts from (a [heads] key that must be above 0; empty: none needed):
+// the rows of trainer's table of drafters.
+struct DrafterName {
+  std::string name, heads;
+};
+const std::vector<DrafterName>& drafter_names();
+// The acceptance rules of speculative decoding.
+const std::vector<std::string>& acceptance_names();
+
 // Reads an INI file, applies "section.key=value" overrides in order, checks every range and the rules across
 // keys. ConfigError: one line with file and line number; an unknown key names the nearest known one.
 Config load_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
@@ -240,6 +255,19 @@ void validate(const Config& config);
 std::string to_ini(const Config& config);
 // "linear,softmax" over 4 layers -> {linear, softmax, linear, softmax}.
 std::vector<std::string> attention_per_layer(const ModelConfig& model);
+// decode.drafters as a list; "auto" becomes every drafter whose heads are there.
+std::vector<std::string> drafters_to_evaluate(const Config& config);
+// Items without surrounding white space; an empty text has none.
 std::vector<std::string> split_list(std::string_view comma_separated);
+
+// One option as a person reads it.
+struct OptionText {
+  std::string name;  // "model.layers"
+  std::string kind;  // "whole number", "number", "text", "true or false"
+  std::string default_value, accepts, help;
+};
+std::vector<OptionText> option_texts();
+// The candidate with the smallest edit distance to `word`; empty when none is near.
+std::string nearest_name(std::string_view word, const std::vector<std::string>& candidates);
 
 }  // namespace configs
