@@ -5,17 +5,17 @@
 // Order:  gradients reduced -> gradient_statistics -> (MAX of state.nonfinite over ranks) ->
 // update_loss_scale -> adamw
 //
-//   gradient_statistics   norm^2 = sum (multiplier * g)^2 over trainable segments; counts non-finite elements
-//   and records
-//                         the first segment that holds one. multiplier = 1 / loss_scale * the caller's
-//                         normaliser.
+//   gradient_statistics   norm^2 = sum (multiplier * g)^2 over trainable segments, fp64 in fixed order;
+//   counts
+//                         non-finite elements and records the first segment that holds one.
+//                         multiplier = the caller's normaliser / loss_scale; the scale is kept in
+//                         state.gradient_scale for adamw.
 //   update_loss_scale     the state machine of dynamic loss scaling; sets state.skip.
 //   adamw                 skipped when state.skip: nothing moves but state.step. Otherwise, with c = min(1,
-//   clip / norm),
+//                         clip / norm), multiplier = normaliser / gradient_scale and t = updates + 1,
 //                         g' = c * multiplier * g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
-//                         master -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay * master),  t =
-//                         updates + 1 weight = master rounded to the compute type.  decay applies to segments
-//                         marked so.
+//                         master -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay * master),
+//                         weight = master rounded to the compute type.  decay applies to segments marked so.
 // Gradients are left as they are; the next step clears them. Everything but `weights` is fp32.
 // Sources: Loshchilov & Hutter 2019 (AdamW); Micikevicius et al. 2018 (loss scaling); hysteresis as
 // Megatron-LM.
@@ -57,7 +57,9 @@ struct LossScaleRules {
   float growth = 2.0f, backoff = 0.5f;
   int32_t growth_interval = 2000;
   Hysteresis hysteresis = Hysteresis::none;
-  int32_t hysteresis_steps = 2;  // overflows tolerated before backing off
+  // The n-th overflow backs off (1: the first). until_growth counts over all steps since the scale last grew,
+  // consecutive since the last clean step; further overflows back off every time until refilled.
+  int32_t hysteresis_steps = 2;
   float minimum = 1.0f, maximum = 4294967296.0f;
 };
 
@@ -66,17 +68,18 @@ struct OptimizerState {
   int64_t step = 0;     // attempts: keys the data
   int64_t updates = 0;  // successful ones: keys schedule and bias correction
   float loss_scale = 65536.0f;
-  int32_t clean_steps = 0;  // since the last growth or overflow
-  int32_t hysteresis_left = 2;
+  int32_t clean_steps = 0;      // since the last growth or overflow
+  int32_t hysteresis_left = 2;  // start at rules.hysteresis_steps
   int32_t consecutive_skips = 0;
   int64_t skipped = 0;  // all skipped steps so far
   // Of the current step:
   int32_t nonfinite = 0;         // MAX-agreed over ranks between the two kernels
   int32_t first_nonfinite = -1;  // segment index on this rank, -1 if none
   int32_t skip = 0;
-  float gradient_norm = 0.0f;  // unscaled, before clipping
+  float gradient_norm = 0.0f;  // unscaled, before clipping; infinite when nonfinite
   float learning_rate = 0.0f;
-  float reserved = 0.0f;
+  float gradient_scale =
+      1.0f;  // the loss scale these gradients carry: update_loss_scale may change loss_scale
 };
 
 struct AdamWParams {

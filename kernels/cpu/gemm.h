@@ -1,0 +1,19 @@
+#pragma once
+// General matrix product with sums in fp32 (fp64 for fp64).
+//   c (M, N) = op(a) op(b) + bias, or c += ...     op(a) (M, K), op(b) (K, N); bias (N) or null
+// a and b of one type; c of that type or its main type, rounded once. The result does not depend on the
+// number of threads.
+#include "kernels/core/tensor.h"
+
+namespace kernels::cpu {
+
+struct Operand {
+  const Tensor& matrix;
+  bool transposed = false;
+  int64_t rows() const { return transposed ? matrix.cols() : matrix.rows(); }
+  int64_t cols() const { return transposed ? matrix.rows() : matrix.cols(); }
+};
+
+void gemm(const Operand& a, const Operand& b, const Tensor& bias, bool accumulate, const Tensor& c);
+
+}  // namespace kernels::cpu

@@ -1,0 +1,85 @@
+#include "kernels/ops/optimizer.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace kernels {
+
+namespace {
+
+void check_state(const char* operation, const Tensor& state) {
+  check_dtype(operation, "state", state, DType::u8);
+  check_shape(operation, "state", state, Shape{static_cast<int64_t>(sizeof(OptimizerState))});
+}
+
+void check_segments(const char* operation, std::span<const Segment> segments, int64_t count) {
+  for (const Segment& s : segments)
+    if (s.begin < 0 || s.count < 0 || s.begin + s.count > count)
+      throw ShapeError(fmt::format("{}: a segment covers elements {} to {}, the buffers hold {}", operation,
+                                   s.begin, s.begin + s.count, count));
+}
+
+}  // namespace
+
+float learning_rate(const Schedule& s, int64_t updates) {
+  if (updates < s.warmup)
+    return static_cast<float>(s.lr * static_cast<double>(updates + 1) / static_cast<double>(s.warmup));
+  // The fraction of [begin, total) that lies behind.
+  auto progress = [&](double begin) {
+    const double length = static_cast<double>(s.total) - begin;
+    return length <= 0 ? 1.0 : std::clamp((static_cast<double>(updates) - begin) / length, 0.0, 1.0);
+  };
+  const double floor = s.floor, warmup = static_cast<double>(s.warmup);
+  double factor = 1;
+  switch (s.kind) {
+    case ScheduleKind::constant:
+      break;
+    case ScheduleKind::cosine:
+      factor = floor + (1 - floor) * (1 + std::cos(std::numbers::pi * progress(warmup))) / 2;
+      break;
+    case ScheduleKind::linear:
+      factor = 1 - (1 - floor) * progress(warmup);
+      break;
+    case ScheduleKind::warmup_stable_decay:
+      factor = 1 - (1 - floor) *
+                       progress(std::max(warmup, static_cast<double>(s.total) * (1.0 - s.decay_fraction)));
+      break;
+  }
+  return static_cast<float>(s.lr * factor);
+}
+
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, float normaliser,
+                         OptimizerBuffers& buffers) {
+  check_state("gradient_statistics", buffers.state);
+  check_segments("gradient_statistics", segments, buffers.gradients.numel());
+  if (ctx.rehearsal) return;
+  return cpu::gradient_statistics(ctx, segments, normaliser, buffers);
+}
+
+void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers) {
+  check_state("update_loss_scale", buffers.state);
+  if (ctx.rehearsal) return;
+  return cpu::update_loss_scale(ctx, rules, buffers);
+}
+
+void adamw(const Context& ctx, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
+           OptimizerBuffers& buffers) {
+  const Shape shape = buffers.weights.shape;
+  const DType main = main_dtype(buffers.weights.dtype);
+  check_shape("adamw", "weights", buffers.weights, Shape{shape.numel()});
+  const std::pair<const char*, const Tensor*> given[] = {
+      {"master", &buffers.master}, {"gradients", &buffers.gradients}, {"m", &buffers.m}, {"v", &buffers.v}};
+  for (const auto& [name, tensor] : given) {
+    check_shape("adamw", name, *tensor, shape);
+    check_dtype("adamw", name, *tensor, main);
+  }
+  check_state("adamw", buffers.state);
+  check_segments("adamw", segments, shape.numel());
+  if (ctx.rehearsal) return;
+  return cpu::adamw(ctx, segments, normaliser, params, buffers);
+}
+
+}  // namespace kernels
