@@ -1,0 +1,145 @@
+// Vectors of the accumulation type over rows of any floating-point type: fp16 and bf16 are converted in
+// registers. Compiled once for each instruction set (Highway): include it after hwy/foreach_target.h, inside
+// a file that names itself HWY_TARGET_INCLUDE. A row is read in the same steps wherever it lies in memory, so
+// its result depends on its values alone.
+#if defined(KERNELS_CPU_LANES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KERNELS_CPU_LANES_INL_H_
+#undef KERNELS_CPU_LANES_INL_H_
+#else
+#define KERNELS_CPU_LANES_INL_H_
+#endif
+
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+#include <cstring>
+#include <limits>
+
+#include "kernels/core/dtype.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kernels::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// The vector tag for elements of type T.
+template <typename T>
+using Lanes = hn::ScalableTag<acc_t<T>>;
+
+// How much of a vector a step covers: all of it, or the first `count` lanes at the end of a row.
+struct Whole {};
+struct Part {
+  size_t count;
+};
+
+template <class D>
+HWY_INLINE hn::Vec<D> load(D d, const hn::TFromD<D>* p, Whole) {
+  return hn::LoadU(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> load(D d, const f16* p, Whole) {
+  const hn::Rebind<hwy::float16_t, D> half;
+  return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p)));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> load(D d, const bf16* p, Whole) {
+  const hn::Rebind<uint16_t, D> half;
+  const hn::Rebind<uint32_t, D> bits;
+  const auto u = hn::PromoteTo(bits, hn::LoadU(half, reinterpret_cast<const uint16_t*>(p)));
+  return hn::BitCast(d, hn::ShiftLeft<16>(u));
+}
+// Lanes beyond the part hold `fill`.
+template <class D, typename T>
+HWY_INLINE hn::Vec<D> load(D d, const T* p, Part part, hn::TFromD<D> fill = 0) {
+  T staged[HWY_MAX_BYTES / sizeof(hn::TFromD<D>)];
+  for (size_t i = part.count; i < hn::Lanes(d); ++i) staged[i] = T(fill);
+  std::memcpy(staged, p, part.count * sizeof(T));
+  return load(d, staged, Whole{});
+}
+template <class D, typename T>
+HWY_INLINE hn::Vec<D> load(D d, const T* p, Whole whole, hn::TFromD<D>) {
+  return load(d, p, whole);
+}
+
+template <class D>
+HWY_INLINE void store(D d, hn::Vec<D> v, hn::TFromD<D>* p, Whole) {
+  hn::StoreU(v, d, p);
+}
+template <class D>
+HWY_INLINE void store(D d, hn::Vec<D> v, f16* p, Whole) {
+  (void)d;
+  const hn::Rebind<hwy::float16_t, D> half;
+  hn::StoreU(hn::DemoteTo(half, v), half, reinterpret_cast<hwy::float16_t*>(p));
+}
+template <class D>
+HWY_INLINE void store(D, hn::Vec<D> v, bf16* p, Whole) {
+  const hn::Rebind<uint16_t, D> half;
+  const hn::Rebind<uint32_t, D> bits;
+  const auto u = hn::BitCast(bits, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(bits, 1));
+  const auto rounded = hn::Add(u, hn::Add(odd, hn::Set(bits, 0x7fff)));
+  const auto quiet = hn::Or(u, hn::Set(bits, 0x400000));  // a NaN must not round to infinity
+  const auto nan = hn::RebindMask(bits, hn::IsNaN(v));
+  const auto upper = hn::ShiftRight<16>(hn::IfThenElse(nan, quiet, rounded));
+  hn::StoreU(hn::DemoteTo(half, hn::BitCast(hn::Rebind<int32_t, D>(), upper)), half,
+             reinterpret_cast<uint16_t*>(p));
+}
+template <class D, typename T>
+HWY_INLINE void store(D d, hn::Vec<D> v, T* p, Part part) {
+  T staged[HWY_MAX_BYTES / sizeof(hn::TFromD<D>)];
+  store(d, v, staged, Whole{});
+  std::memcpy(p, staged, part.count * sizeof(T));
+}
+
+// Calls fn(offset, Whole or Part) over n columns. fn must be marked HWY_ATTR.
+template <class D, typename Fn>
+HWY_INLINE void for_columns(D d, int64_t n, Fn&& fn) {
+  const size_t count = static_cast<size_t>(n), lanes = hn::Lanes(d);
+  size_t i = 0;
+  for (; i + lanes <= count; i += lanes) fn(i, Whole{});
+  if (i < count) fn(i, Part{count - i});
+}
+
+// exp over the whole line: overflows to infinity, underflows to 0, keeps NaN. About 1 unit in the last place.
+template <class D>
+HWY_INLINE hn::Vec<D> exponential(D d, hn::Vec<D> x) {
+  constexpr auto kLimit = static_cast<hn::TFromD<D>>(sizeof(hn::TFromD<D>) == 4 ? 89 : 710);
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, hn::Min(x, hn::Set(d, kLimit))));
+}
+
+// 1 / (1 + exp(-x)).
+template <class D>
+HWY_INLINE hn::Vec<D> sigmoid(D d, hn::Vec<D> x) {
+  const auto one = hn::Set(d, 1);
+  return hn::Div(one, hn::Add(one, exponential(d, hn::Neg(x))));
+}
+
+// The largest of n values, NaN left aside; -infinity when there is none.
+template <typename T>
+acc_t<T> row_max(const T* x, int64_t n) {
+  const Lanes<T> d;
+  constexpr auto kLowest = -std::numeric_limits<acc_t<T>>::infinity();
+  auto best = hn::Set(d, kLowest);
+  for_columns(d, n, [&](size_t i, auto extent) HWY_ATTR {
+    const auto v = load(d, x + i, extent, kLowest);
+    best = hn::IfThenElse(hn::Gt(v, best), v, best);
+  });
+  return hn::GetLane(hn::MaxOfLanes(d, best));
+}
+
+// sum of exp((x - max) * scale).
+template <typename T>
+acc_t<T> row_exp_sum(const T* x, int64_t n, acc_t<T> max, acc_t<T> scale) {
+  const Lanes<T> d;
+  constexpr auto kLowest = -std::numeric_limits<acc_t<T>>::infinity();
+  const auto m = hn::Set(d, max), s = hn::Set(d, scale);
+  auto sum = hn::Zero(d);
+  for_columns(d, n, [&](size_t i, auto extent) HWY_ATTR {
+    sum = hn::Add(sum, exponential(d, hn::Mul(hn::Sub(load(d, x + i, extent, kLowest), m), s)));
+  });
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+}  // namespace kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

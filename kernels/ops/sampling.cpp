@@ -1,0 +1,43 @@
+#include "kernels/ops/sampling.h"
+
+#include <fmt/format.h>
+
+namespace kernels {
+
+namespace {
+void check_logits(const char* operation, const Tensor& logits) {
+  if (logits.shape.rank() != 2 || logits.cols() < 1)
+    throw ShapeError(fmt::format("{}: logits are {}, expected (N, V)", operation, to_string(logits)));
+}
+}  // namespace
+
+void argmax(const Context& ctx, const Tensor& logits, Tensor tokens) {
+  check_logits("argmax", logits);
+  check_shape("argmax", "tokens", tokens, Shape{logits.rows()});
+  check_dtype("argmax", "tokens", tokens, DType::i32);
+  if (ctx.rehearsal) return;
+  return cpu::argmax(ctx, logits, tokens);
+}
+
+void probabilities(const Context& ctx, const Tensor& logits, float temperature, Tensor p) {
+  check_logits("probabilities", logits);
+  check_shape("probabilities", "p", p, logits.shape);
+  check_dtype("probabilities", "p", p, main_dtype(logits.dtype));
+  if (!(temperature > 0))
+    throw ShapeError(
+        fmt::format("probabilities: temperature is {}, expected a positive number", temperature));
+  if (ctx.rehearsal) return;
+  return cpu::probabilities(ctx, logits, temperature, p);
+}
+
+void top_k(const Context& ctx, const Tensor& logits, Tensor indices) {
+  check_logits("top_k", logits);
+  check_shape("top_k", "indices", indices, Shape{logits.rows(), indices.cols()});
+  check_dtype("top_k", "indices", indices, DType::i32);
+  if (indices.cols() > logits.cols())
+    throw ShapeError(fmt::format("top_k: {} of {} logits are asked for", indices.cols(), logits.cols()));
+  if (ctx.rehearsal) return;
+  return cpu::top_k(ctx, logits, indices);
+}
+
+}  // namespace kernels
