@@ -5,9 +5,15 @@ namespace support {
 std::vector<OpCase> all_op_cases() {
   std::vector<OpCase> all;
   for (auto family : {
+           activation_cases,
            cast_cases,
+           cross_entropy_cases,
+           embedding_cases,
            linear_cases,
+           norm_cases,
            optimizer_cases,
+           rotary_cases,
+           sampling_cases,
        })
     for (auto& row : family()) all.push_back(std::move(row));
   return all;
