@@ -29,21 +29,23 @@ struct NamedTensor {
 };
 
 // Writes in the background into `.tmp-step_...` below `directory`: slabs of about 1 MiB, then fsync, then
-// reads back and verifies every tensor. The tensors are copied to host memory before start() returns, so
-// training can go on at once.
+// reads back and verifies every tensor. The tensors are copied before start() returns, so training can go on
+// at once. fp32, fp64, int32, int64 and uint8 tensors of at least one dimension.
 class Writer {
  public:
   Writer(std::filesystem::path directory, int shards);
   ~Writer();  // waits for the thread; an uncommitted save is removed
-  // CheckpointError when there is not enough free space; nothing is left behind then.
+  // CheckpointError when there is not enough free space, a name or type cannot be stored, or the last save
+  // has not been committed or discarded; nothing is left behind then.
   void start(int64_t step, const Attributes& attributes, const std::vector<NamedTensor>& tensors);
   bool busy() const;     // a save is being written
   bool written() const;  // a save is complete and waits for commit or discard
   // Waits; returns false with a reason when the save failed (training goes on with a warning).
   bool wait(std::string& reason);
-  // After all ranks agreed: manifest, fsync, rename, `latest`. Returns the checkpoint's path.
+  // After all ranks agreed: manifest, fsync, rename, `latest`. Returns the checkpoint's path. A checkpoint of
+  // the same step is replaced. CheckpointError when that fails; the save is discarded then.
   std::filesystem::path commit();
-  void discard();
+  void discard();  // waits, then removes what was written
 
  private:
   struct Impl;
@@ -74,11 +76,14 @@ class Reader {
 // reported to `warn`.
 std::filesystem::path find_newest(const std::filesystem::path& directory, bool set_aside,
                                   const std::function<void(const std::string&)>& warn);
-// RUN directory, its checkpoints folder, or a checkpoint itself -> a checkpoint path.
-std::filesystem::path resolve(const std::filesystem::path& run_or_checkpoint);
+// RUN directory, its checkpoints folder (the newest that verifies), or a checkpoint itself (Reader verifies
+// it) -> a checkpoint path. CheckpointError when there is none.
+std::filesystem::path resolve(const std::filesystem::path& run_or_checkpoint,
+                              const std::function<void(const std::string&)>& warn = {});
+// Also true when all that is left was set aside as *.bad: then nothing may start from step 0 silently.
 bool has_steps(const std::filesystem::path& directory);
-// Keeps the newest `keep` (at least 2), multiples of keep_every, and `best` (step, or -1); never the only
-// verified one.
+// Keeps the newest `keep` (at least 2) that verify and everything newer than those, multiples of keep_every,
+// and `best` (step, or -1); deletes the rest.
 void retain(const std::filesystem::path& directory, int64_t keep, int64_t keep_every, int64_t best);
 
 }  // namespace checkpoints

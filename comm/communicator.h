@@ -1,9 +1,10 @@
 #pragma once
 // A group of ranks that exchange tensors. `local` is one rank in one process; `mpi` wraps an MPI communicator
 // (host memory); nccl comes with CUDA. Every call is collective over the group, made by all its ranks in the
-// same order. A call that does not complete within the deadline, or whose peers run another operation (each
-// collective carries a sequence number and an operation hash), throws CommError naming the operation and,
-// where known, the late ranks.
+// same order, from the thread that made the Session. A call that does not complete within the deadline throws
+// CommTimeout naming the operation and the late ranks; one whose peers run another operation (each message
+// carries a sequence number and an operation hash) throws CommError. After either, every further call throws
+// and Session::abort must end the job. Tensors are dense and in host memory; ShapeError otherwise.
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -11,11 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "kernels/core/error.h"
 #include "kernels/core/tensor.h"
 
 namespace comm {
 
 using kernels::Tensor;
+
+// A call that did not complete within the deadline (exit code 70); every other CommError is a refusal.
+struct CommTimeout : kernels::CommError {
+  using kernels::CommError::CommError;
+};
 
 enum class Reduce { sum, max };
 
@@ -34,7 +41,8 @@ class Communicator {
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  // In place, element-wise; f32, f64, i32, i64. Every rank ends with identical bits.
+  // In place, element-wise; f32, f64, i32, i64. Sums run in rank order, so every rank ends with identical
+  // bits, and so does every repetition with the same number of ranks. A maximum over a NaN is NaN.
   virtual void all_reduce(Tensor t, Reduce op) = 0;
   virtual std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) = 0;
   virtual void broadcast(Tensor t, int root) = 0;
@@ -52,6 +60,8 @@ std::unique_ptr<Communicator> make_local_communicator();
 
 // Starts the message-passing layer if the process was launched by mpirun or srun, and ends it: the only place
 // that initialises and finalises MPI. Without a launcher the world is `local` and MPI is never touched.
+// Ending waits for every rank; when it is destroyed by an exception or after a failed call, it aborts the job
+// (exit code 70 after a CommTimeout, else 1). A rank whose launcher dies is killed with it.
 class Session {
  public:
   Session(int* argc, char*** argv, std::chrono::seconds deadline = std::chrono::minutes(10));
@@ -70,6 +80,7 @@ class Session {
   std::unique_ptr<Communicator> world_;
   int local_rank_ = 0, local_size_ = 1;
   bool mpi_ = false;
+  int exceptions_ = 0;
 };
 
 }  // namespace comm

@@ -3,7 +3,7 @@
 // into buckets from its end, since the backward finishes the last parameters first. The trainer calls
 // ready(begin) whenever every gradient at or beyond element `begin` is final; buckets that have become whole
 // are sent. progress() moves data along (MPI advances mostly inside its own calls) and is called between
-// layers; finish() waits for all.
+// layers; finish() sends what is left, waits for all and begins anew. With one rank nothing is sent.
 #include <memory>
 #include <vector>
 
@@ -13,7 +13,8 @@ namespace comm {
 
 class GradientReducer {
  public:
-  // gradients: dense (P) fp32, the same on every rank. bucket_bytes: at least this much is sent at once.
+  // gradients: dense (P) fp32 or fp64, the same length on every rank. bucket_bytes: at least this much is
+  // sent at once; what would be left over as a smaller bucket joins its neighbour.
   GradientReducer(Communicator& communicator, Tensor gradients, size_t bucket_bytes);
   void ready(int64_t begin);
   void progress();

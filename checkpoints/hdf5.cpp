@@ -1,0 +1,79 @@
+#include "checkpoints/hdf5.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <mutex>
+
+namespace checkpoints::hdf5 {
+
+using kernels::DType;
+
+void prepare_thread() {
+  static std::once_flag once;
+  std::call_once(once, [] { H5dont_atexit(); });
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+}
+
+void check(int64_t status, const std::string& what) {
+  if (status >= 0) return;
+  std::string reason = "HDF5 failed";
+  const auto innermost = [](unsigned, const H5E_error2_t* error, void* into) -> herr_t {
+    if (error->desc && *error->desc) *static_cast<std::string*>(into) = error->desc;
+    return 0;
+  };
+  H5Ewalk2(H5E_DEFAULT, H5E_WALK_DOWNWARD, innermost, &reason);
+  H5Eclear2(H5E_DEFAULT);
+  throw kernels::CheckpointError(fmt::format("{}: {}", what, reason));
+}
+
+Id file_access() {
+  Id access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, "HDF5 file properties");
+  check(H5Pset_libver_bounds(access, H5F_LIBVER_EARLIEST, H5F_LIBVER_LATEST), "HDF5 format versions");
+  check(H5Pset_file_locking(access, false, true), "HDF5 file locking");
+  return access;
+}
+
+hid_t type_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return H5T_IEEE_F32LE;
+    case DType::f64:
+      return H5T_IEEE_F64LE;
+    case DType::i32:
+      return H5T_STD_I32LE;
+    case DType::i64:
+      return H5T_STD_I64LE;
+    case DType::u8:
+      return H5T_STD_U8LE;
+    default:
+      throw kernels::CheckpointError(
+          fmt::format("{} tensors are not stored; save their fp32 master", name_of(dtype)));
+  }
+}
+
+Id simple_space(const std::vector<hsize_t>& dims) {
+  return Id(H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr), H5Sclose, "HDF5 space");
+}
+
+std::vector<hsize_t> dims_of(const kernels::Shape& shape) {
+  std::vector<hsize_t> dims;
+  for (int i = 0; i < shape.rank(); ++i) dims.push_back(static_cast<hsize_t>(shape[i]));
+  return dims;
+}
+
+int64_t band_rows(const kernels::Shape& shape, DType dtype) {
+  int64_t row = static_cast<int64_t>(kernels::size_of(dtype));
+  for (int i = 1; i < shape.rank(); ++i) row *= shape[i];
+  return std::max<int64_t>(1, kSlabBytes / std::max<int64_t>(1, row));
+}
+
+void select_rows(hid_t space, const std::vector<hsize_t>& dims, int64_t begin, int64_t count) {
+  std::vector<hsize_t> start(dims.size(), 0), counts = dims;
+  start[0] = static_cast<hsize_t>(begin);
+  counts[0] = static_cast<hsize_t>(count);
+  check(H5Sselect_hyperslab(space, H5S_SELECT_SET, start.data(), nullptr, counts.data(), nullptr),
+        "HDF5 selection");
+}
+
+}  // namespace checkpoints::hdf5

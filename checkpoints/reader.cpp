@@ -1,0 +1,132 @@
+#include <fmt/format.h>
+#include <xxhash.h>
+
+#include <cstring>
+#include <map>
+
+#include "checkpoints/verify.h"
+
+namespace checkpoints {
+
+using kernels::CheckpointError;
+
+namespace {
+
+constexpr uint64_t kLongestManifest = uint64_t{256} << 20;
+
+Dataset dataset_of(const TensorEntry& tensor, const Piece& piece) {
+  Dataset dataset{tensor.name, tensor.dtype, tensor.shape, tensor.shape, piece.begin};
+  dataset.shape[0] = piece.end - piece.begin;
+  return dataset;
+}
+
+// Reads one piece and compares its checksum; `fn` sees each band.
+void read_piece(const ShardReader& shard, const Path& path, const TensorEntry& tensor, const Piece& piece,
+                const ShardReader::Band& fn) {
+  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash(XXH3_createState(), XXH3_freeState);
+  XXH3_64bits_reset(hash.get());
+  shard.read(dataset_of(tensor, piece), [&](int64_t row, std::span<const std::byte> bytes) {
+    XXH3_64bits_update(hash.get(), bytes.data(), bytes.size());
+    fn(row, bytes);
+  });
+  if (XXH3_64bits_digest(hash.get()) != piece.hash)
+    throw CheckpointError(fmt::format("{}: the checksum of tensor {} differs", path.string(), tensor.name));
+}
+
+void verify_file(const Path& directory, const Manifest& manifest, int index) {
+  const Path path = directory / shard_name(index);
+  const FileEntry& entry = manifest.files[static_cast<size_t>(index)];
+  const uint64_t bytes = regular_file_size(path);
+  if (bytes != entry.bytes)
+    throw CheckpointError(fmt::format("{} has {} bytes instead of {}", path.string(), bytes, entry.bytes));
+  if (hash_file(path) != entry.hash)
+    throw CheckpointError(fmt::format("the checksum of {} differs", path.string()));
+}
+
+}  // namespace
+
+void verify_shards(const Path& directory, const Manifest& manifest) {
+  for (int i = 0; i < static_cast<int>(manifest.files.size()); ++i) {
+    verify_file(directory, manifest, i);
+    const Path path = directory / shard_name(i);
+    const ShardReader shard(path);
+    std::vector<std::string> names;
+    for (const TensorEntry& tensor : manifest.tensors)
+      for (const Piece& piece : tensor.pieces)
+        if (piece.file == i) names.push_back(tensor.name);
+    shard.check_contents(names);
+    for (const TensorEntry& tensor : manifest.tensors)
+      for (const Piece& piece : tensor.pieces)
+        if (piece.file == i)
+          read_piece(shard, path, tensor, piece, [](int64_t, std::span<const std::byte>) {});
+  }
+}
+
+struct Reader::Impl {
+  Path directory;
+  Manifest manifest;
+  Attributes attributes;
+  std::map<std::string, const TensorEntry*> tensors;
+
+  const TensorEntry& at(const std::string& name) const {
+    const auto found = tensors.find(name);
+    if (found == tensors.end())
+      throw CheckpointError(fmt::format("checkpoint {} has no tensor {}; it belongs to another architecture",
+                                        directory.string(), name));
+    return *found->second;
+  }
+};
+
+Reader::Reader(const Path& checkpoint) : impl_(std::make_unique<Impl>()) {
+  impl_->directory = checkpoint;
+  const Path path = checkpoint / kManifestName;
+  try {
+    try {
+      impl_->manifest = parse_manifest(read_text(path, kLongestManifest));
+    } catch (const CheckpointError& error) {
+      throw CheckpointError(fmt::format("{}: {}", kManifestName, error.what()));
+    }
+    if (step_of(checkpoint) >= 0 && step_of(checkpoint) != impl_->manifest.step)
+      throw CheckpointError(fmt::format("its manifest is of step {}", impl_->manifest.step));
+    verify_shards(checkpoint, impl_->manifest);
+    impl_->attributes = ShardReader(checkpoint / shard_name(0)).read_attributes();
+  } catch (const CheckpointError& error) {
+    throw CheckpointError(
+        fmt::format("checkpoint {} does not verify ({}); use an older checkpoint or a copy of this one",
+                    checkpoint.string(), error.what()));
+  }
+  for (const TensorEntry& tensor : impl_->manifest.tensors) impl_->tensors[tensor.name] = &tensor;
+}
+
+Reader::~Reader() = default;
+int64_t Reader::step() const { return impl_->manifest.step; }
+const Attributes& Reader::attributes() const { return impl_->attributes; }
+bool Reader::contains(const std::string& name) const { return impl_->tensors.count(name) > 0; }
+kernels::Shape Reader::shape(const std::string& name) const { return impl_->at(name).shape; }
+kernels::DType Reader::dtype(const std::string& name) const { return impl_->at(name).dtype; }
+
+std::vector<std::string> Reader::names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : impl_->tensors) names.push_back(name);
+  return names;
+}
+
+void Reader::read(const std::string& name, Tensor into) const {
+  const TensorEntry& tensor = impl_->at(name);
+  if (into.device.is_cuda() || into.dtype != tensor.dtype || !(into.shape == tensor.shape))
+    throw CheckpointError(fmt::format(
+        "checkpoint {} holds tensor {} as {} {}, but the model has {}; it belongs to another architecture",
+        impl_->directory.string(), name, name_of(tensor.dtype), to_string(tensor.shape), to_string(into)));
+  const auto row_bytes = static_cast<size_t>(tensor.row_bytes());
+  const auto stride = static_cast<size_t>(into.row_stride) * kernels::size_of(into.dtype);
+  for (const Piece& piece : tensor.pieces) {
+    const Path path = impl_->directory / shard_name(piece.file);
+    read_piece(ShardReader(path), path, tensor, piece, [&](int64_t row, std::span<const std::byte> bytes) {
+      char* target = static_cast<char*>(into.data) + static_cast<size_t>(piece.begin + row) * stride;
+      for (size_t at = 0; at < bytes.size(); at += row_bytes, target += stride)
+        std::memcpy(target, bytes.data() + at, row_bytes);
+    });
+  }
+}
+
+}  // namespace checkpoints

@@ -1,0 +1,90 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "checkpoints/manifest.h"
+
+namespace checkpoints {
+
+using kernels::CheckpointError;
+
+namespace {
+
+constexpr const char* kBadSuffix = ".bad";
+
+bool is_set_aside(const Path& path) {
+  const std::string name = path.filename().string();
+  const size_t at = name.find(kBadSuffix);
+  return at != std::string::npos && step_of(name.substr(0, at)) >= 0;
+}
+
+void set_aside(const Path& path) {
+  Path target = path.string() + kBadSuffix;
+  for (int i = 2; std::filesystem::exists(target); ++i)
+    target = fmt::format("{}{}{}", path.string(), kBadSuffix, i);
+  rename_over(path, target);
+}
+
+std::string why_bad(const Path& checkpoint) {
+  try {
+    Reader reader(checkpoint);
+    return "";
+  } catch (const CheckpointError& error) {
+    return error.what();
+  }
+}
+
+}  // namespace
+
+bool has_steps(const Path& directory) {
+  if (!steps_in(directory).empty()) return true;
+  std::error_code none;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, none))
+    if (is_set_aside(entry.path())) return true;
+  return false;
+}
+
+Path find_newest(const Path& directory, bool set_bad_aside,
+                 const std::function<void(const std::string&)>& warn) {
+  if (!has_steps(directory)) return {};
+  for (int64_t step : steps_in(directory)) {
+    const Path checkpoint = directory / step_name(step);
+    const std::string reason = why_bad(checkpoint);
+    if (reason.empty()) return checkpoint;
+    if (set_bad_aside) set_aside(checkpoint);
+    if (warn) warn(reason + (set_bad_aside ? "; it was renamed to *.bad" : "; it is passed over"));
+  }
+  throw CheckpointError(fmt::format(
+      "no checkpoint in {} verifies; put a good copy there, or move the folder away to start from step 0",
+      directory.string()));
+}
+
+Path resolve(const Path& given, const std::function<void(const std::string&)>& warn) {
+  if (std::filesystem::exists(given / kManifestName)) return given;
+  for (const Path& directory : {given / "checkpoints", given}) {
+    const Path found = find_newest(directory, false, warn);
+    if (!found.empty()) return found;
+  }
+  throw CheckpointError(
+      fmt::format("{} holds no checkpoint; name a run directory, its checkpoints folder or a step_* folder",
+                  given.string()));
+}
+
+void retain(const Path& directory, int64_t keep, int64_t keep_every, int64_t best) {
+  const int64_t wanted = std::max<int64_t>(2, keep);
+  int64_t verified = 0;
+  for (int64_t step : steps_in(directory)) {
+    const Path checkpoint = directory / step_name(step);
+    if (verified < wanted) {
+      if (why_bad(checkpoint).empty()) ++verified;
+      continue;
+    }
+    if (step == best || (keep_every > 0 && step % keep_every == 0)) continue;
+    // A directory that is being deleted must not look like a checkpoint.
+    const Path doomed = directory / fmt::format("{}{}", kTemporaryPrefix, step_name(step));
+    rename_over(checkpoint, doomed);
+    remove_tree(doomed);
+  }
+}
+
+}  // namespace checkpoints

@@ -1,0 +1,12 @@
+#pragma once
+// Argument checks shared by the communicators.
+#include "comm/communicator.h"
+
+namespace comm {
+
+void check_host_dense(const char* operation, const Tensor& t);
+void check_reducible(const char* operation, const Tensor& t);
+void check_root(const char* operation, int root, int size);
+void check_gather(const Tensor& mine, const Tensor& all, int size);
+
+}  // namespace comm

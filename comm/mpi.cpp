@@ -1,0 +1,421 @@
+// The C interface only: the old C++ one needs a library that is not linked.
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include "comm/mpi.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <mpi.h>
+#include <sched.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <thread>
+
+#include "comm/checks.h"
+#include "comm/ordered_reduce.h"
+
+namespace comm::mpi {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using kernels::CommError;
+
+// One collective call, the same on every rank. Its messages carry it in their tag: phase, the low bits of
+// the sequence number, a hash of everything else. The 23 bits fit every transport of Open MPI (UCX has the
+// fewest).
+struct Call {
+  const char* name;
+  Tensor tensor;
+  int detail = 0;  // the reduction or the root
+  int64_t sequence = 0;
+  int hash = 0;
+
+  static constexpr int kHashBits = 14, kSequenceBits = 8;
+  int tag(int phase) const {
+    const int low = static_cast<int>(sequence & ((1 << kSequenceBits) - 1));
+    return (phase << (kSequenceBits + kHashBits)) | (low << kHashBits) | hash;
+  }
+  bool contradicts(int other) const {
+    const int low_bits = (1 << (kSequenceBits + kHashBits)) - 1;
+    return ((other & low_bits) >> kHashBits) == ((tag(0) & low_bits) >> kHashBits) &&
+           (other & ((1 << kHashBits) - 1)) != hash;
+  }
+  std::string describe() const {
+    return fmt::format("{} of {} (call {})", name, to_string(tensor), sequence);
+  }
+};
+
+// Messages on their way; sources[i] is the rank that request i receives from, -1 for a send.
+struct Transfers {
+  std::vector<MPI_Request> requests;
+  std::vector<int> sources;
+};
+
+class AllReduce;
+
+class World final : public MpiGroup {
+ public:
+  explicit World(std::chrono::milliseconds deadline);
+  ~World() override;
+  Health health() const override { return health_; }
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  void all_reduce(Tensor t, Reduce op) override;
+  std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) override;
+  void broadcast(Tensor t, int root) override;
+  void all_gather(const Tensor& mine, Tensor all) override;
+  void barrier() override;
+
+  void send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank);
+  void receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank);
+  bool complete(Transfers& transfers);
+  // Returns when done() is true; meanwhile every all-reduce in flight moves on, so that peers that wait for
+  // one of those are served.
+  template <typename Done>
+  void wait_until(Done done, const Call& call, Transfers& transfers);
+  void wait(const Call& call, Transfers& transfers);
+
+  std::vector<AllReduce*> active;
+  std::vector<std::vector<std::byte>> spare_staging;
+
+ private:
+  Call begin(const char* name, const Tensor& tensor, int detail);
+  void checked(int code, const char* call);
+  void check_peers(const Call& call, const Transfers& transfers);
+  [[noreturn]] void time_out(const Call& call, Transfers& transfers);
+  [[noreturn]] void fail(Health health, const std::string& message);
+
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int rank_ = 0, size_ = 1;
+  std::chrono::milliseconds deadline_;
+  int64_t sequence_ = 0;
+  Health health_ = Health::good;
+};
+
+// Rank r owns slice r: phase 0 brings every rank's slice r to rank r, which sums in rank order; phase 1
+// brings the sums to everybody. Small tensors skip phase 1: every rank owns everything.
+class AllReduce final : public Request {
+ public:
+  AllReduce(World& world, const Call& call, Tensor t, Reduce op);
+  ~AllReduce() override;
+  bool test() override;
+  void wait() override;
+  void step();
+
+ private:
+  static constexpr size_t kSmall = 4096;
+  bool direct() const { return t_.bytes() <= kSmall; }
+  std::pair<int64_t, int64_t> slice(int rank) const;
+  char* at(int64_t element) const { return static_cast<char*>(t_.data) + element * element_size_; }
+  void exchange();
+  void sum();
+  void spread();
+
+  World& world_;
+  Call call_;
+  Tensor t_;
+  Reduce op_;
+  int64_t element_size_;
+  int phase_ = 0;  // 2: done
+  Transfers transfers_;
+  std::vector<std::byte> staging_;
+};
+
+World::World(std::chrono::milliseconds deadline) : deadline_(deadline) {
+  checked(MPI_Comm_dup(MPI_COMM_WORLD, &comm_), "MPI_Comm_dup");
+  checked(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  checked(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
+  checked(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
+  int* largest_tag = nullptr;
+  int found = 0;
+  checked(MPI_Comm_get_attr(comm_, MPI_TAG_UB, &largest_tag, &found), "MPI_Comm_get_attr");
+  constexpr int kTagBits = 1 + Call::kSequenceBits + Call::kHashBits;
+  if (!found || *largest_tag < (1 << kTagBits) - 1)
+    throw CommError("this MPI offers too few message tags; use Open MPI 4.1 or newer");
+}
+
+World::~World() {
+  if (health_ == Health::good) MPI_Comm_free(&comm_);
+}
+
+void World::fail(Health health, const std::string& message) {
+  health_ = health;
+  if (health == Health::timed_out) throw CommTimeout(message);
+  throw CommError(message);
+}
+
+void World::checked(int code, const char* call) {
+  if (code == MPI_SUCCESS) return;
+  health_ = Health::failed;
+  check(code, call);
+}
+
+Call World::begin(const char* name, const Tensor& tensor, int detail) {
+  if (health_ != Health::good)
+    throw CommError(fmt::format("{}: an earlier exchange between the ranks failed; restart the job", name));
+  Call call{.name = name, .tensor = tensor, .detail = detail, .sequence = sequence_++};
+  const std::array<int64_t, 3> what{static_cast<int64_t>(tensor.dtype), tensor.numel(), detail};
+  const uint64_t hash = XXH3_64bits_withSeed(what.data(), sizeof(what), XXH3_64bits(name, std::strlen(name)));
+  call.hash = static_cast<int>(hash & ((1 << Call::kHashBits) - 1));
+  return call;
+}
+
+void World::send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank) {
+  to.sources.push_back(-1);
+  checked(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
+                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
+          "MPI_Isend");
+}
+
+void World::receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank) {
+  to.sources.push_back(rank);
+  checked(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
+                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
+          "MPI_Irecv");
+}
+
+bool World::complete(Transfers& transfers) {
+  int done = 0;
+  checked(MPI_Testall(static_cast<int>(transfers.requests.size()), transfers.requests.data(), &done,
+                      MPI_STATUSES_IGNORE),
+          "MPI_Testall");
+  return done != 0;
+}
+
+template <typename Done>
+void World::wait_until(Done done, const Call& call, Transfers& transfers) {
+  constexpr auto kSpin = std::chrono::milliseconds(1), kShort = std::chrono::milliseconds(100);
+  constexpr auto kPeerCheck = std::chrono::milliseconds(200);
+  const auto start = Clock::now();
+  auto next_check = start + kPeerCheck;
+  for (;;) {
+    for (size_t i = 0; i < active.size(); ++i) active[i]->step();
+    if (done()) return;
+    const auto now = Clock::now();
+    if (now - start > deadline_) time_out(call, transfers);
+    if (now > next_check) {
+      check_peers(call, transfers);
+      next_check = now + kPeerCheck;
+    }
+    if (now - start < kSpin) {
+      sched_yield();
+    } else {
+      std::this_thread::sleep_for(std::chrono::microseconds(now - start < kShort ? 20 : 200));
+    }
+  }
+}
+
+void World::wait(const Call& call, Transfers& transfers) {
+  wait_until([&] { return complete(transfers); }, call, transfers);
+  transfers.requests.clear();
+  transfers.sources.clear();
+}
+
+// Messages of one sender match in the order they were sent: one that nobody receives and that carries this
+// call's number was sent by a rank that took another path.
+void World::check_peers(const Call& call, const Transfers& transfers) {
+  for (int source : transfers.sources) {
+    if (source < 0) continue;
+    int found = 0;
+    MPI_Status status;
+    checked(MPI_Iprobe(source, MPI_ANY_TAG, comm_, &found, &status), "MPI_Iprobe");
+    if (found && call.contradicts(status.MPI_TAG))
+      fail(Health::failed,
+           fmt::format("rank {} runs {}, but rank {} runs another operation; start every rank with "
+                       "the same program, configuration and data",
+                       rank_, call.describe(), source));
+  }
+}
+
+void World::time_out(const Call& call, Transfers& transfers) {
+  std::vector<int> late;
+  for (size_t i = 0; i < transfers.requests.size(); ++i) {
+    int done = 0;
+    MPI_Test(&transfers.requests[i], &done, MPI_STATUS_IGNORE);
+    if (!done && transfers.sources[i] >= 0) late.push_back(transfers.sources[i]);
+  }
+  const std::string who = late.empty() ? "" : fmt::format("; waiting for rank {}", fmt::join(late, ", "));
+  fail(Health::timed_out,
+       fmt::format("rank {}: {} did not finish within {} s{}; see whether that rank or its host hangs, then "
+                   "restart the job",
+                   rank_, call.describe(), static_cast<double>(deadline_.count()) / 1000.0, who));
+}
+
+AllReduce::AllReduce(World& world, const Call& call, Tensor t, Reduce op)
+    : world_(world),
+      call_(call),
+      t_(t),
+      op_(op),
+      element_size_(static_cast<int64_t>(kernels::size_of(t.dtype))) {
+  exchange();
+  world_.active.push_back(this);
+}
+
+AllReduce::~AllReduce() {
+  try {
+    if (world_.health() == Health::good) wait();
+  } catch (const CommError&) {
+  }
+  std::erase(world_.active, this);
+  world_.spare_staging.push_back(std::move(staging_));
+}
+
+std::pair<int64_t, int64_t> AllReduce::slice(int rank) const {
+  if (direct()) return {0, t_.numel()};
+  return {t_.numel() * rank / world_.size(), t_.numel() * (rank + 1) / world_.size()};
+}
+
+void AllReduce::exchange() {
+  if (!world_.spare_staging.empty()) {
+    staging_ = std::move(world_.spare_staging.back());
+    world_.spare_staging.pop_back();
+  }
+  const auto [begin, end] = slice(world_.rank());
+  const size_t mine = static_cast<size_t>((end - begin) * element_size_);
+  const size_t needed = mine * static_cast<size_t>(world_.size());
+  if (staging_.size() < needed) staging_.resize(needed);
+  for (int r = 0; r < world_.size(); ++r)
+    if (r != world_.rank())
+      world_.receive(transfers_, call_, 0, staging_.data() + mine * static_cast<size_t>(r), mine, r);
+  for (int r = 0; r < world_.size(); ++r) {
+    const auto [first, last] = slice(r);
+    if (r != world_.rank())
+      world_.send(transfers_, call_, 0, at(first), static_cast<size_t>((last - first) * element_size_), r);
+  }
+}
+
+void AllReduce::sum() {
+  const auto [begin, end] = slice(world_.rank());
+  const size_t mine = static_cast<size_t>((end - begin) * element_size_);
+  std::vector<const void*> parts;
+  for (int r = 0; r < world_.size(); ++r)
+    parts.push_back(r == world_.rank()
+                        ? at(begin)
+                        : static_cast<const void*>(staging_.data() + mine * static_cast<size_t>(r)));
+  ordered_reduce(t_.dtype, op_, parts, at(begin), end - begin);
+}
+
+void AllReduce::spread() {
+  const auto [begin, end] = slice(world_.rank());
+  for (int r = 0; r < world_.size(); ++r) {
+    if (r == world_.rank()) continue;
+    const auto [first, last] = slice(r);
+    world_.receive(transfers_, call_, 1, at(first), static_cast<size_t>((last - first) * element_size_), r);
+    world_.send(transfers_, call_, 1, at(begin), static_cast<size_t>((end - begin) * element_size_), r);
+  }
+}
+
+void AllReduce::step() {
+  if (phase_ == 2 || !world_.complete(transfers_)) return;
+  transfers_.requests.clear();
+  transfers_.sources.clear();
+  if (phase_ == 0) sum();
+  if (phase_ == 0 && !direct()) {
+    phase_ = 1;
+    spread();
+  } else {
+    phase_ = 2;
+  }
+}
+
+bool AllReduce::test() {
+  step();
+  return phase_ == 2;
+}
+
+void AllReduce::wait() {
+  if (phase_ != 2) world_.wait_until([&] { return phase_ == 2; }, call_, transfers_);
+}
+
+std::unique_ptr<Request> World::all_reduce_async(Tensor t, Reduce op) {
+  check_reducible("all_reduce", t);
+  if (t.bytes() > static_cast<size_t>(std::numeric_limits<int>::max()))
+    throw kernels::ShapeError(
+        fmt::format("all_reduce: {} is too much at once; reduce it in buckets below 2 GiB", to_string(t)));
+  return std::make_unique<AllReduce>(*this, begin("all_reduce", t, static_cast<int>(op)), t, op);
+}
+
+// Calls fn(piece) for consecutive byte ranges of a dense tensor: staging stays small, and counts fit an int.
+template <typename Fn>
+void for_pieces(const Tensor& t, Fn fn) {
+  constexpr int64_t kPieceBytes = int64_t{32} << 20;
+  const auto element = static_cast<int64_t>(kernels::size_of(t.dtype));
+  const int64_t step = kPieceBytes / element;
+  for (int64_t i = 0; i < t.numel(); i += step)
+    fn(Tensor(static_cast<char*>(t.data) + i * element, t.dtype, {std::min(step, t.numel() - i)}));
+}
+
+void World::all_reduce(Tensor t, Reduce op) {
+  check_reducible("all_reduce", t);
+  for_pieces(t, [&](const Tensor& piece) { all_reduce_async(piece, op)->wait(); });
+}
+
+// A binomial tree: with ranks counted from the root, a rank's parent is itself without its lowest set bit.
+void World::broadcast(Tensor t, int root) {
+  check_host_dense("broadcast", t);
+  check_root("broadcast", root, size_);
+  const int self = (rank_ - root + size_) % size_;
+  const auto rank_of = [&](int v) { return (v + root) % size_; };
+  const int lowest = self == 0 ? size_ : self & -self;
+  for_pieces(t, [&](const Tensor& piece) {
+    const Call call = begin("broadcast", piece, root);
+    Transfers transfers;
+    if (self != 0) {
+      receive(transfers, call, 0, piece.data, piece.bytes(), rank_of(self & (self - 1)));
+      wait(call, transfers);
+    }
+    for (int bit = 1; bit < lowest && self + bit < size_; bit *= 2)
+      send(transfers, call, 0, piece.data, piece.bytes(), rank_of(self + bit));
+    wait(call, transfers);
+  });
+}
+
+void World::all_gather(const Tensor& mine, Tensor all) {
+  check_gather(mine, all, size_);
+  char* target = static_cast<char*>(all.data);
+  const auto part = [&](int r) { return target + mine.bytes() * static_cast<size_t>(r); };
+  if (mine.bytes() > 0) std::memmove(part(rank_), mine.data, mine.bytes());
+  for_pieces(Tensor(part(rank_), mine.dtype, {mine.numel()}), [&](const Tensor& piece) {
+    const Call call = begin("all_gather", piece, 0);
+    const auto offset = static_cast<char*>(piece.data) - part(rank_);
+    Transfers transfers;
+    for (int r = 0; r < size_; ++r) {
+      if (r == rank_) continue;
+      receive(transfers, call, 0, part(r) + offset, piece.bytes(), r);
+      send(transfers, call, 0, piece.data, piece.bytes(), r);
+    }
+    wait(call, transfers);
+  });
+}
+
+void World::barrier() {
+  const Call call = begin("barrier", Tensor(), 0);
+  Transfers transfers;
+  for (int r = 0; r < size_; ++r) {
+    if (r == rank_) continue;
+    receive(transfers, call, 0, nullptr, 0, r);
+    send(transfers, call, 0, nullptr, 0, r);
+  }
+  wait(call, transfers);
+}
+
+}  // namespace
+
+void check(int code, const char* call) {
+  if (code == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING] = {};
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  throw CommError(fmt::format("{} failed: {}; restart the job", call, text));
+}
+
+std::unique_ptr<MpiGroup> make_world(std::chrono::milliseconds deadline) {
+  return std::make_unique<World>(deadline);
+}
+
+}  // namespace comm::mpi

@@ -1,0 +1,190 @@
+// Run under mpirun with any number of ranks: every collective against a serial computation, and equal bits on
+// every rank. Prints what differs and returns 1.
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "comm/communicator.h"
+#include "comm/gradient_reducer.h"
+
+namespace {
+
+using comm::Communicator;
+using comm::Reduce;
+using kernels::DType;
+using kernels::Tensor;
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  fmt::print(stderr, "FAILED: {}\n", what);
+}
+
+template <typename T>
+Tensor view(std::vector<T>& v) {
+  return Tensor(v.data(), kernels::dtype_of<T>(), {static_cast<int64_t>(v.size())});
+}
+
+// What rank r contributes: values of mixed size and sign, so that the order of a sum shows in its bits.
+template <typename T>
+std::vector<T> values_of(int r, int64_t n, uint32_t seed) {
+  std::mt19937 random(seed * 131u + static_cast<uint32_t>(r));
+  std::vector<T> v(static_cast<size_t>(n));
+  for (T& x : v) {
+    const double u = static_cast<double>(random()) / 4294967296.0 - 0.5;
+    x = static_cast<T>(std::is_integral_v<T> ? u * 2e6 : std::ldexp(u, static_cast<int>(random() % 30)));
+  }
+  return v;
+}
+
+template <typename T>
+std::vector<T> expected(int ranks, int64_t n, uint32_t seed, Reduce op) {
+  std::vector<T> result = values_of<T>(0, n, seed);
+  for (int r = 1; r < ranks; ++r) {
+    const std::vector<T> v = values_of<T>(r, n, seed);
+    for (size_t i = 0; i < v.size(); ++i)
+      result[i] = op == Reduce::sum ? static_cast<T>(result[i] + v[i]) : std::max(result[i], v[i]);
+  }
+  return result;
+}
+
+template <typename T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+constexpr int64_t kSizes[] = {0, 1, 2, 3, 5, 7, 511, 1023, 1024, 1025, 4097, 100003, 300007};
+
+template <typename T>
+void test_all_reduce(Communicator& world) {
+  uint32_t seed = 1;
+  for (int64_t n : kSizes)
+    for (Reduce op : {Reduce::sum, Reduce::max}) {
+      const std::string what = fmt::format("all_reduce of {} {} op {}", n, name_of(kernels::dtype_of<T>()),
+                                           op == Reduce::sum ? "sum" : "max");
+      const std::vector<T> right = expected<T>(world.size(), n, ++seed, op);
+      std::vector<T> blocking = values_of<T>(world.rank(), n, seed), overlapped = blocking;
+      world.all_reduce(view(blocking), op);
+      expect(same_bits(blocking, right), what);
+      auto request = world.all_reduce_async(view(overlapped), op);
+      while (!request->test()) {
+      }
+      request->wait();
+      expect(same_bits(overlapped, right), what + ", async");
+    }
+}
+
+void test_more_than_one_piece(Communicator& world) {
+  const int64_t n = (int64_t{32} << 20) / 4 + 12345;
+  std::vector<float> v(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) v[static_cast<size_t>(i)] = static_cast<float>(i % 1000 + world.rank());
+  world.all_reduce(view(v), Reduce::sum);
+  const int ranks = world.size();
+  bool same = true;
+  for (int64_t i = 0; i < n; ++i)
+    same =
+        same && v[static_cast<size_t>(i)] == static_cast<float>(i % 1000 * ranks + ranks * (ranks - 1) / 2);
+  expect(same, "all_reduce of 32 MiB and more");
+}
+
+void test_nan(Communicator& world) {
+  std::vector<float> v{1.0f, -2.0f};
+  if (world.rank() == world.size() - 1) v[1] = std::numeric_limits<float>::quiet_NaN();
+  world.all_reduce(view(v), Reduce::max);
+  expect(v[0] == 1.0f && std::isnan(v[1]), "a NaN on one rank is the maximum on all");
+}
+
+void test_broadcast_and_gather(Communicator& world) {
+  for (int root = 0; root < world.size(); ++root)
+    for (int64_t n : kSizes) {
+      std::vector<int32_t> v = values_of<int32_t>(world.rank(), n, 7);
+      world.broadcast(view(v), root);
+      expect(same_bits(v, values_of<int32_t>(root, n, 7)), fmt::format("broadcast of {} from {}", n, root));
+      std::vector<double> mine = values_of<double>(world.rank(), n, 9), right;
+      std::vector<double> all(mine.size() * static_cast<size_t>(world.size()),
+                              std::numeric_limits<double>::quiet_NaN());
+      world.all_gather(view(mine), view(all));
+      for (int r = 0; r < world.size(); ++r) {
+        const std::vector<double> part = values_of<double>(r, n, 9);
+        right.insert(right.end(), part.begin(), part.end());
+      }
+      expect(same_bits(all, right), fmt::format("all_gather of {}", n));
+    }
+  const std::string text = "tokens \xe2\x9c\x93 of rank 0";
+  expect(world.broadcast(world.rank() == 0 ? text : "other", 0) == text, "broadcast of text");
+  expect(world.broadcast(world.rank() == 0 ? "" : "other", 0).empty(), "broadcast of empty text");
+  expect(world.all_reduce(int64_t{1} << 40, Reduce::sum) == (int64_t{1} << 40) * world.size(),
+         "sum of int64");
+  expect(world.all_reduce(0.5 * world.rank(), Reduce::max) == 0.5 * (world.size() - 1), "maximum of doubles");
+  world.barrier();
+}
+
+// Requests that are waited for in another order on each rank, with a blocking call in between.
+void test_requests_in_any_order(Communicator& world) {
+  constexpr size_t kCount = 4, kElements = 20011;
+  std::vector<std::vector<float>> v;
+  for (size_t i = 0; i < kCount; ++i) v.push_back(values_of<float>(world.rank(), kElements, 40 + i));
+  std::vector<std::unique_ptr<comm::Request>> requests;
+  for (auto& x : v) requests.push_back(world.all_reduce_async(view(x), Reduce::sum));
+  for (size_t i = 0; i < kCount; ++i) {
+    if (static_cast<int>(i) == world.rank()) world.barrier();
+    requests[(i + static_cast<size_t>(world.rank())) % kCount]->wait();
+  }
+  for (size_t i = static_cast<size_t>(world.rank()); i >= kCount; --i) world.barrier();
+  for (size_t i = 0; i < kCount; ++i)
+    expect(same_bits(v[i], expected<float>(world.size(), kElements, 40 + i, Reduce::sum)),
+           fmt::format("request {} among several", i));
+}
+
+void test_gradient_reducer(Communicator& world) {
+  constexpr int64_t kParameters = 40009;
+  std::vector<float> gradients;
+  for (size_t bucket_bytes : {size_t{801}, size_t{4000}, size_t{65536}, size_t{1} << 20}) {
+    gradients.assign(kParameters, std::numeric_limits<float>::quiet_NaN());
+    comm::GradientReducer reducer(world, view(gradients), bucket_bytes);
+    for (uint32_t step = 0; step < 2; ++step) {
+      const std::vector<float> mine = values_of<float>(world.rank(), kParameters, 60 + step);
+      // Layer by layer from the end; the layers' bounds are not the buckets'.
+      for (int64_t end = kParameters; end > 0;) {
+        const int64_t begin = std::max<int64_t>(0, end - 6007);
+        std::copy(mine.begin() + begin, mine.begin() + end, gradients.begin() + begin);
+        reducer.ready(begin);
+        reducer.progress();
+        end = begin;
+      }
+      reducer.finish();
+      expect(same_bits(gradients, expected<float>(world.size(), kParameters, 60 + step, Reduce::sum)),
+             fmt::format("gradients in buckets of {} bytes, step {}", bucket_bytes, step));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  comm::Session session(&argc, &argv, std::chrono::seconds(60));
+  Communicator& world = session.world();
+  try {
+    test_all_reduce<float>(world);
+    test_all_reduce<double>(world);
+    test_all_reduce<int32_t>(world);
+    test_all_reduce<int64_t>(world);
+    test_more_than_one_piece(world);
+    test_nan(world);
+    test_broadcast_and_gather(world);
+    test_requests_in_any_order(world);
+    test_gradient_reducer(world);
+    expect(session.local_size() == world.size() && session.local_rank() == world.rank(),
+           "ranks of this host");
+    return world.all_reduce(int64_t{failures}, Reduce::max) == 0 ? 0 : 1;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "FAILED: {}\n", error.what());
+    session.abort(1);
+  }
+}
