@@ -1,0 +1,34 @@
+#pragma once
+// A temporary folder with a small prepared data set, and a configuration of a tiny model that trains on it in
+// seconds.
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "configs/config.h"
+
+namespace support {
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder();
+  ~TemporaryFolder();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// Documents of many lengths, words repeated often enough to be learned: the same text on every call.
+void write_tiny_text(const std::filesystem::path& folder, int documents = 60);
+// write_tiny_text and data::prepare with the byte tokenizer, into folder / "data".
+void prepare_tiny_data(const std::filesystem::path& folder);
+// 2 layers of width 32, linear and softmax attention, two Medusa heads and one MTP depth; run directory
+// folder / "run".
+configs::Config tiny_config(const std::filesystem::path& folder);
+// The value of `key` on every line of RUN/metrics.jsonl that has it.
+std::vector<double> metric(const std::filesystem::path& run, const std::string& key);
+
+}  // namespace support

@@ -1,0 +1,164 @@
+// The training job of one rank: what it writes, how it stops and goes on, what it refuses.
+#include <gtest/gtest.h>
+
+#include <map>
+
+#include "checkpoints/checkpoint.h"
+#include "kernels/core/error.h"
+#include "tests/support/tiny_run.h"
+#include "trainer/train/loop.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+using support::tiny_config;
+
+class Train : public testing::Test {
+ protected:
+  void SetUp() override { support::prepare_tiny_data(folder_.path()); }
+
+  trainer::TrainResult train(const configs::Config& config, trainer::TrainOptions options = {}) {
+    const auto ranks = comm::make_local_communicator();
+    return trainer::train(config, *ranks, kernels::Context{}, options);
+  }
+  configs::Config named(const std::string& run) {
+    configs::Config config = tiny_config(folder_.path());
+    config.log.run = (folder_.path() / run).string();
+    return config;
+  }
+  // Every tensor of the newest checkpoint, byte for byte.
+  std::map<std::string, std::vector<char>> state(const configs::Config& config) {
+    const checkpoints::Reader reader(checkpoints::resolve(config.log.run));
+    std::map<std::string, std::vector<char>> all;
+    for (const auto& name : reader.names()) {
+      kernels::Tensor t(nullptr, reader.dtype(name), reader.shape(name));
+      auto& bytes = all[name];
+      bytes.resize(t.bytes());
+      t.data = bytes.data();
+      reader.read(name, t);
+    }
+    return all;
+  }
+  std::string message_of(const std::function<void()>& action) {
+    try {
+      action();
+    } catch (const kernels::Error& e) {
+      return e.what();
+    }
+    return "";
+  }
+
+  support::TemporaryFolder folder_;
+};
+
+TEST_F(Train, LearnsAndWritesTheRunDirectory) {
+  auto config = named("learn");
+  config.train.steps = 30;
+  config.train.validate_every = 30;
+  const auto result = train(config);
+  EXPECT_EQ(result.reason, trainer::StopReason::finished);
+  EXPECT_EQ(result.step, 30);
+  const auto losses = support::metric(config.log.run, "loss");
+  ASSERT_EQ(losses.size(), 30u);
+  EXPECT_LT(losses.back(), losses.front() - 1.0) << "nats per byte";
+  EXPECT_EQ(support::metric(config.log.run, "validation_loss").size(), 1u);
+  EXPECT_TRUE(fs::exists(fs::path(config.log.run) / "config.resolved.cfg"));
+  EXPECT_TRUE(fs::exists(result.checkpoint / "manifest.json"));
+}
+
+TEST_F(Train, StoppedAndResumedEqualsUninterruptedBitForBit) {
+  for (const char* compute : {"fp16", "bf16", "fp32"}) {
+    auto whole = named(std::string("whole_") + compute), parts = named(std::string("parts_") + compute);
+    whole.precision.compute = parts.precision.compute = compute;
+    whole.precision.loss_scale_growth_interval = parts.precision.loss_scale_growth_interval = 3;
+    train(whole);
+    int calls = 0;
+    trainer::TrainOptions stop, resume;
+    stop.stop_requested = [&] { return ++calls == 5; };  // in the middle of an epoch
+    EXPECT_EQ(train(parts, stop).reason, trainer::StopReason::asked_to_stop);
+    EXPECT_EQ(support::metric(parts.log.run, "loss").size(), 5u);
+    resume.resume = "auto";
+    EXPECT_EQ(train(parts, resume).reason, trainer::StopReason::finished);
+    EXPECT_EQ(support::metric(whole.log.run, "loss"), support::metric(parts.log.run, "loss"));
+    EXPECT_EQ(support::metric(whole.log.run, "loss_scale"), support::metric(parts.log.run, "loss_scale"));
+    EXPECT_TRUE(state(whole) == state(parts)) << compute;
+  }
+}
+
+TEST_F(Train, OverflowSkipsTheStepAndHalvesTheScale) {
+  auto config = named("overflow");
+  config.precision.loss_scale_initial = 4294967296.0;
+  config.train.steps = 24;
+  train(config);
+  const auto skipped = support::metric(config.log.run, "skipped"),
+             scale = support::metric(config.log.run, "loss_scale");
+  ASSERT_EQ(skipped.size(), 24u);
+  EXPECT_EQ(skipped[0], 1.0) << "a scale of 2^32 overflows fp16";
+  EXPECT_EQ(scale[1], scale[0] / 2);
+  EXPECT_EQ(skipped.back(), 0.0) << "the scale came down to where training goes on";
+  const checkpoints::Reader reader(checkpoints::resolve(config.log.run));
+  EXPECT_LT(reader.attributes().integers.at("updates"), reader.attributes().integers.at("step"));
+}
+
+TEST_F(Train, GivesUpWhenEveryStepOverflows) {
+  auto config = named("hopeless");
+  config.precision.loss_scale_initial = 4294967296.0;
+  config.precision.max_consecutive_skips = 3;
+  const std::string message = message_of([&] { train(config); });
+  EXPECT_NE(message.find("3 steps in a row overflowed"), std::string::npos) << message;
+  EXPECT_NE(message.find("weight"), std::string::npos) << "names the tensor: " << message;
+  EXPECT_NE(message.find("rank 0"), std::string::npos) << message;
+}
+
+TEST_F(Train, RefusesASecondRunIntoTheSameFolder) {
+  auto config = named("twice");
+  config.train.steps = 2;
+  train(config);
+  EXPECT_THROW(train(config), kernels::ConfigError);
+  trainer::TrainOptions resume;
+  resume.resume = "auto";
+  EXPECT_EQ(train(config, resume).step, 2);
+}
+
+TEST_F(Train, RefusesACheckpointOfAnotherArchitecture) {
+  auto config = named("shape");
+  config.train.steps = 2;
+  train(config);
+  config.model.ffn_width = 96;
+  config.train.steps = 4;
+  trainer::TrainOptions resume;
+  resume.resume = "auto";
+  const std::string message = message_of([&] { train(config, resume); });
+  EXPECT_NE(message.find("mlp"), std::string::npos) << "names the tensor: " << message;
+}
+
+TEST_F(Train, FineTunesHeadsOnAFrozenTrunk) {
+  auto base = named("base");
+  base.heads.medusa = base.heads.mtp = 0;
+  train(base);
+  auto heads = named("heads");
+  heads.heads.mtp = 0;
+  heads.train.init_from = base.log.run;
+  heads.train.trainable = "heads";
+  train(heads);
+  auto before = state(base), after = state(heads);
+  EXPECT_EQ(before.at("master/blocks.0.attention.q.weight"), after.at("master/blocks.0.attention.q.weight"));
+  EXPECT_EQ(before.at("master/embedding.weight"), after.at("master/embedding.weight"));
+  const auto& w = after.at("master/medusa.0.layers.0.weight");
+  EXPECT_NE(std::vector<char>(w.size(), 0), w) << "the new head has moved from its zero start";
+}
+
+TEST_F(Train, PlanCountsWhatARunTakes) {
+  const auto plan = trainer::plan(tiny_config(folder_.path()), 257, 2);
+  int64_t weights = 0, saved = 0;
+  for (const auto& row : plan.rows) {
+    if (row.segment == "weights") weights += row.bytes;
+    if (row.segment == "saved") saved += row.bytes;
+  }
+  EXPECT_EQ(weights, plan.parameters * 2);
+  EXPECT_GT(saved, 0);
+  EXPECT_EQ(plan.micro_batches_per_rank, 2);
+  EXPECT_GT(plan.seconds_per_step, 0);
+}
+
+}  // namespace
