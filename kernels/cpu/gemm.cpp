@@ -6,6 +6,7 @@
 
 #include "kernels/core/parallel.h"
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/gemm_amx.h"
 #include "kernels/cpu/staging.h"
 
 // From libgomp, which oneDNN is built with; its setting is per thread.
@@ -132,6 +133,7 @@ void gemm_f64(const Operand& a, const Operand& b, const Tensor& bias, bool accum
 }  // namespace
 
 void gemm(const Operand& a, const Operand& b, const Tensor& bias, bool accumulate, const Tensor& c) {
+  if (amx_suits(a, b, c)) return gemm_amx(a, b, bias, accumulate, c);
   visit_dtype(a.matrix.dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (std::is_same_v<T, double>)

@@ -5,10 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "kernels/core/parallel.h"
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/staging.h"
 
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own AVX-512 header, _mm512_undefined_epi32
@@ -214,29 +214,22 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Grows on a thread's first products and is kept.
-uint32_t* staging(std::vector<uint32_t>& memory, int64_t words) {
-  if (static_cast<int64_t>(memory.size()) < words + kTile) memory.resize(words + kTile);
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<uint32_t*>((address + 63) / 64 * 64);
-}
-
 // The part of c in rows [m0, m1) and columns [n0, n1), sums over [k0, k1).
 template <typename T, typename C>
 void multiply_part(const Source& a, const Source& b, const Tensor& bias, bool accumulate, const Tensor& c,
                    int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k0, int64_t k1) {
-  thread_local std::vector<uint32_t> a_memory, b_memory;
+  thread_local Staging<uint32_t> a_memory, b_memory;
   const int64_t steps = (k1 - k0 + kDepth - 1) / kDepth, panel = steps * kStepWords<T>;
   const int64_t panels = std::max<int64_t>(1, kPackedBytes / (panel * 4));
   const int64_t rows = std::max<int64_t>(1, kPackedNear / (panel * 4)) * kBlock;
   alignas(64) float sum[kBlock * kBlock];
   for (int64_t nb = n0; nb < n1; nb += panels * kBlock) {
     const int64_t ne = std::min(nb + panels * kBlock, n1);
-    uint32_t* packed_b = staging(b_memory, (ne - nb + kBlock - 1) / kBlock * panel);
+    uint32_t* packed_b = b_memory.get((ne - nb + kBlock - 1) / kBlock * panel);
     pack<T>(b, nb, ne, k0, k1, false, packed_b);
     for (int64_t mb = m0; mb < m1; mb += rows) {
       const int64_t me = std::min(mb + rows, m1);
-      uint32_t* packed_a = staging(a_memory, rows / kBlock * panel);
+      uint32_t* packed_a = a_memory.get(rows / kBlock * panel);
       pack<T>(a, mb, me, k0, k1, true, packed_a);
       for (int64_t n = nb; n < ne; n += kBlock)
         for (int64_t m = mb; m < me; m += kBlock) {
