@@ -2,9 +2,178 @@
 
 #include "kernels/core/parallel.h"
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/staging.h"
 #include "kernels/ops/linear.h"
 
+// clang-format off
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/linear_rows.cpp"
+#include <hwy/foreach_target.h>
+#include "kernels/cpu/lanes-inl.h"
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
+namespace kernels::cpu::HWY_NAMESPACE {
+
+// The panels of one thread and the rows of x, which are already of the accumulation type.
+template <typename T>
+struct Work {
+  const LinearWeight* w;
+  const acc_t<T>* x;
+  int64_t stride, rows;
+  const Tensor* y;
+};
+
+// A strip is two vectors of output columns: a panel with AVX-512, half of one with AVX2. One strip and a
+// handful of rows keep their sums in registers.
+template <typename T>
+inline constexpr int64_t kStrip = 2 * HWY_MAX_BYTES / sizeof(acc_t<T>);
+
+// Adds the bias to one row's sums of one strip, rounds them and writes those that exist.
+template <typename T>
+HWY_INLINE void finish(const Work<T>& work, int64_t row, int64_t column, acc_t<T>* sums) {
+  const Tensor &y = *work.y, &bias = work.w->bias;
+  const int64_t count = std::clamp<int64_t>(y.cols() - column, 0, kStrip<T>);
+  if (bias)
+    for (int64_t j = 0; j < count; ++j) sums[j] += static_cast<acc_t<T>>(bias.as<T>()[column + j]);
+  if (y.dtype == dtype_of<T>())
+    store_row(sums, y.as<T>() + row * y.row_stride + column, count);
+  else
+    store_row(sums, y.as<acc_t<T>>() + row * y.row_stride + column, count);
+}
+
+// Strips [strip, strip + kStrips) for rows [row, row + kRows). Every output is one chain of fused
+// multiply-adds over i in ascending order, whatever kRows and kStrips are: that is what makes a row's result
+// independent of its neighbours.
+template <typename T, int kRows, int kStrips>
+HWY_NOINLINE void multiply(const Work<T>& work, int64_t strip, int64_t row) {
+  const hn::CappedTag<acc_t<T>, HWY_MAX_BYTES / sizeof(acc_t<T>)> d;
+  constexpr int64_t kLanes = kStrip<T> / 2, kPerPanel = kPanelRows / kStrip<T>;
+  using V = hn::Vec<decltype(d)>;
+  const Tensor& panels = work.w->panels;
+  const int64_t in = panels.dim(1);
+  const T* weights[kStrips];
+  const acc_t<T>* x[kRows];
+  V low[kRows][kStrips], high[kRows][kStrips];
+  for (int s = 0; s < kStrips; ++s)
+    weights[s] =
+        panels.as<T>() + (strip + s) / kPerPanel * panels.row_stride + (strip + s) % kPerPanel * kStrip<T>;
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = work.x + (row + r) * work.stride;
+    for (int s = 0; s < kStrips; ++s) low[r][s] = high[r][s] = hn::Zero(d);
+  }
+  for (int64_t i = 0; i < in; ++i) {
+    for (int s = 0; s < kStrips; ++s) {
+      const V w0 = load(d, weights[s] + i * kPanelRows, Whole{});
+      const V w1 = load(d, weights[s] + i * kPanelRows + kLanes, Whole{});
+      for (int r = 0; r < kRows; ++r) {
+        const V value = hn::Set(d, x[r][i]);
+        low[r][s] = hn::MulAdd(value, w0, low[r][s]);
+        high[r][s] = hn::MulAdd(value, w1, high[r][s]);
+      }
+    }
+  }
+  for (int s = 0; s < kStrips; ++s)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_ALIGN acc_t<T> sums[kStrip<T>];
+      hn::Store(low[r][s], d, sums);
+      hn::Store(high[r][s], d, sums + kLanes);
+      finish(work, row + r, (strip + s) * kStrip<T>, sums);
+    }
+}
+
+// As many strips at a time as hide the latency of a multiply-add, then the rest one by one.
+template <typename T, int kRows, int kStrips>
+HWY_INLINE void strips(const Work<T>& work, int64_t begin, int64_t end, int64_t row) {
+  int64_t strip = begin;
+  if constexpr (kStrips > 2)
+    for (; strip + kStrips <= end; strip += kStrips) multiply<T, kRows, kStrips>(work, strip, row);
+  if constexpr (kStrips > 1)
+    for (; strip + 2 <= end; strip += 2) multiply<T, kRows, 2>(work, strip, row);
+  for (; strip < end; ++strip) multiply<T, kRows, 1>(work, strip, row);
+}
+
+template <typename T>
+void panels_of(const Work<T>& work, int64_t first_panel, int64_t last_panel) {
+  // Sixteen vector registers hold six rows of one strip, thirty-two hold eight with room to spare.
+  constexpr int64_t kMostRows = HWY_MAX_BYTES >= 64 ? 8 : 6, kPerPanel = kPanelRows / kStrip<T>;
+  const int64_t begin = first_panel * kPerPanel, end = last_panel * kPerPanel;
+  if (work.rows == 1) return strips<T, 1, 4>(work, begin, end, 0);
+  if (work.rows == 2) return strips < T, 2, HWY_MAX_BYTES >= 64 ? 4 : 2 > (work, begin, end, 0);
+  if (work.rows == 3) return strips<T, 3, 2>(work, begin, end, 0);
+  if (work.rows == 4) return strips < T, 4, HWY_MAX_BYTES >= 64 ? 2 : 1 > (work, begin, end, 0);
+  // One panel at a time, so that it is still in cache when the next rows need it.
+  for (int64_t strip = begin; strip < end; strip += kPerPanel)
+    for (int64_t row = 0; row < work.rows;) {
+      const int64_t left = work.rows - row, last = strip + kPerPanel;
+      const int64_t count =
+          left > kMostRows && left < 2 * kMostRows ? (left + 1) / 2 : std::min(left, kMostRows);
+      switch (count) {
+        case 1:
+          strips<T, 1, 1>(work, strip, last, row);
+          break;
+        case 2:
+          strips<T, 2, 1>(work, strip, last, row);
+          break;
+        case 3:
+          strips<T, 3, 1>(work, strip, last, row);
+          break;
+        case 4:
+          strips<T, 4, 1>(work, strip, last, row);
+          break;
+        case 5:
+          strips<T, 5, 1>(work, strip, last, row);
+          break;
+        case 6:
+          strips<T, 6, 1>(work, strip, last, row);
+          break;
+        case 7:
+          strips<T, 7, 1>(work, strip, last, row);
+          break;
+        default:
+          strips<T, 8, 1>(work, strip, last, row);
+          break;
+      }
+      row += count;
+    }
+}
+
+// Each thread converts x for itself: cheaper than waiting for another to do it.
+template <typename T>
+void rows_of(const Tensor& x, const LinearWeight& w, const Tensor& y, int64_t first_panel,
+             int64_t last_panel) {
+  thread_local Staging<acc_t<T>> staging;
+  Work<T> work{&w, nullptr, x.row_stride, x.rows(), &y};
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    work.x = x.as<T>();
+  } else {
+    acc_t<T>* values = staging.get(static_cast<size_t>(kMaxDecodeRows * x.cols()));
+    for (int64_t n = 0; n < x.rows(); ++n)
+      load_row(x.as<T>() + n * x.row_stride, values + n * x.cols(), x.cols());
+    work.x = values;
+    work.stride = x.cols();
+  }
+  panels_of(work, first_panel, last_panel);
+}
+
+void linear_rows(const Tensor& x, const LinearWeight& w, const Tensor& y) {
+  visit_dtype(x.dtype, [&](auto tag) {
+    parallel_for(w.panels.rows(), 1,
+                 [&](int64_t begin, int64_t end) { rows_of<decltype(tag)>(x, w, y, begin, end); });
+  });
+}
+
+}  // namespace kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
 namespace kernels::cpu {
+
+HWY_EXPORT(linear_rows);
+
+void linear_rows(const Context&, const Tensor& x, const LinearWeight& w, Tensor y) {
+  HWY_DYNAMIC_DISPATCH(linear_rows)(x, w, y);
+}
 
 namespace {
 
@@ -23,40 +192,11 @@ void pack(const Tensor& matrix, const Tensor& panels) {
   });
 }
 
-template <typename T, typename Y>
-void plain_rows(const Tensor& x, const LinearWeight& w, const Tensor& y) {
-  using A = acc_t<T>;
-  const int64_t out = w.matrix.rows(), in = w.matrix.cols();
-  parallel_for(w.panels.rows(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t valid = std::min(kPanelRows, out - p * kPanelRows);
-      for (int64_t n = 0; n < x.rows(); ++n) {
-        A sum[kPanelRows] = {}, weights[kPanelRows];
-        for (int64_t i = 0; i < in; ++i) {
-          load_row(w.panels.as<T>() + p * w.panels.row_stride + i * kPanelRows, weights, kPanelRows);
-          const A value = x.as<T>()[n * x.row_stride + i];
-          for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += value * weights[r];
-        }
-        if (w.bias)
-          for (int64_t r = 0; r < valid; ++r) sum[r] += static_cast<A>(w.bias.as<T>()[p * kPanelRows + r]);
-        store_row(sum, y.as<Y>() + n * y.row_stride + p * kPanelRows, valid);
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void pack_panels(const Context&, const Tensor& matrix, Tensor& panels) {
   visit_dtype(matrix.dtype, [&](auto tag) { pack<decltype(tag)>(matrix, panels); });
 }
 
-void linear_rows(const Context&, const Tensor& x, const LinearWeight& w, Tensor y) {
-  visit_dtype(x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    if (y.dtype == x.dtype) return plain_rows<T, T>(x, w, y);
-    return plain_rows<T, acc_t<T>>(x, w, y);
-  });
-}
-
 }  // namespace kernels::cpu
+#endif  // HWY_ONCE

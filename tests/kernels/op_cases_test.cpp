@@ -69,7 +69,7 @@ double projection(OpRun& run, const OpCase& op) {
 // one that is 1e-10 + 1e-11 |f|; third derivatives and sums of up to a few hundred terms take it to 1e-7.
 void check_gradient(OpRun& run, const OpCase& op, size_t input) {
   constexpr double kStep = 1e-5;
-  constexpr size_t kChecked = 160;
+  const size_t checked = static_cast<size_t>(op.checked_elements);
   const auto& in = op.inputs[input];
   auto gradient = run.buffer("d" + in.name).values();
   if (in.gradient == Gradient::accumulated) {
@@ -80,7 +80,7 @@ void check_gradient(OpRun& run, const OpCase& op, size_t input) {
   auto& buffer = run.tensors().buffers.at(in.name);
   const auto x = buffer.values();
   // An odd stride visits every column of any even width.
-  const size_t stride = x.size() <= kChecked ? 1 : (x.size() / kChecked) | 1;
+  const size_t stride = x.size() <= checked ? 1 : (x.size() / checked) | 1;
   int failures = 0;
   for (size_t i = 0; i < x.size() && failures < 5; i += stride) {
     buffer.set(i, x[i] + kStep);
@@ -98,11 +98,13 @@ void check_gradient(OpRun& run, const OpCase& op, size_t input) {
 }
 
 TEST_P(OpGradients, MatchCentralDifferences) {
+  kernels::set_threads(1);
   OpRun run(op(), DType::f64, DType::f64);
   run.forward();
   run.backward();
   for (size_t i = 0; i < op().inputs.size(); ++i)
     if (op().inputs[i].gradient != Gradient::none) check_gradient(run, op(), i);
+  kernels::set_threads(0);
 }
 
 // |error| <= u |y| + (roundings - 1) u_compute M + sum_length 2^-24 M, and half of fp16's smallest subnormal.

@@ -1,0 +1,151 @@
+#include "kernels/ops/linear.h"
+
+#include <gtest/gtest.h>
+#include <hwy/targets.h>
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/core/parallel.h"
+#include "tests/support/tensor_buffer.h"
+
+namespace {
+
+using kernels::DType;
+using kernels::Tensor;
+using support::TensorBuffer;
+
+// Runs fn with AVX2 alone, then with everything the machine has.
+template <typename Fn>
+void with_each_instruction_set(Fn&& fn) {
+  const auto all = hwy::SupportedTargets();
+  hwy::SetSupportedTargetsForTest(all & ~(HWY_AVX2 - 1));
+  hwy::GetChosenTarget().DeInit();
+  fn("AVX2");
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().DeInit();
+  fn("all");
+}
+
+struct RowsLayer {
+  TensorBuffer matrix, bias, panels;
+  RowsLayer(DType dtype, int64_t out, int64_t in) : matrix(dtype, {out, in}), bias(dtype, {out}) {
+    matrix.fill_normal(1, 0.2);
+    bias.fill_normal(2);
+    panels = TensorBuffer(dtype, kernels::panels_shape(matrix));
+    Tensor view = panels;
+    kernels::pack_panels({}, matrix, view);
+  }
+  kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
+};
+
+// Bytes of y = linear(x).
+std::vector<char> rows_of(const RowsLayer& layer, const Tensor& x, DType y_type) {
+  TensorBuffer y(y_type, {x.rows(), layer.matrix.tensor().rows()});
+  kernels::linear({}, x, layer.weight(), y);
+  return y.bytes();
+}
+
+TEST(LinearRows, ARowDoesNotDependOnItsNeighbours) {
+  constexpr int64_t kOut = 330, kIn = 75;
+  with_each_instruction_set([&](const char* set) {
+    for (DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64})
+      for (int threads : {1, 3}) {
+        kernels::set_threads(threads);
+        const RowsLayer layer(dtype, kOut, kIn);
+        TensorBuffer x(dtype, {kernels::kMaxDecodeRows, kIn});
+        x.fill_normal(3);
+        const DType y_type = kernels::main_dtype(dtype);
+        std::vector<char> alone;
+        for (int64_t i = 0; i < kernels::kMaxDecodeRows; ++i) {
+          const auto row = rows_of(layer, x.tensor().slice(i, 1), y_type);
+          alone.insert(alone.end(), row.begin(), row.end());
+        }
+        const size_t row_bytes = alone.size() / kernels::kMaxDecodeRows;
+        for (int64_t n = 1; n <= kernels::kMaxDecodeRows; ++n) {
+          const int64_t first = (n * 7) % (kernels::kMaxDecodeRows - n + 1);
+          const auto together = rows_of(layer, x.tensor().slice(first, n), y_type);
+          EXPECT_TRUE(std::equal(together.begin(), together.end(), alone.begin() + first * row_bytes))
+              << n << " rows, " << name_of(dtype) << ", " << threads << " threads, " << set;
+        }
+      }
+  });
+  kernels::set_threads(0);
+}
+
+TEST(LinearRows, ANaNStaysInItsRow) {
+  const RowsLayer layer(DType::f16, 64, 40);
+  TensorBuffer x(DType::f16, {6, 40});
+  x.fill_normal(4);
+  const auto clean = rows_of(layer, x, DType::f16);
+  x.set(3 * 40 + 11, std::numeric_limits<double>::quiet_NaN());
+  const auto dirty = rows_of(layer, x, DType::f16);
+  const size_t row_bytes = clean.size() / 6;
+  for (size_t row = 0; row < 6; ++row)
+    EXPECT_EQ(std::equal(clean.begin() + row * row_bytes, clean.begin() + (row + 1) * row_bytes,
+                         dirty.begin() + row * row_bytes),
+              row != 3);
+}
+
+TEST(LinearRows, PanelsHoldTheMatrixAndZeros) {
+  const RowsLayer layer(DType::f16, 40, 5);
+  const auto w = layer.matrix.values(), p = layer.panels.values();
+  ASSERT_EQ(p.size(), 2u * 5 * 32);
+  for (int64_t row = 0; row < 64; ++row)
+    for (int64_t i = 0; i < 5; ++i)
+      EXPECT_EQ(p[(row / 32 * 5 + i) * 32 + row % 32], row < 40 ? w[row * 5 + i] : 0.0) << row << ", " << i;
+}
+
+// The matrix product against fp64 over fp16's whole range: subnormals, the largest numbers, ordinary ones.
+// Sums are fp32: |error| <= K 2^-24 sum |a b|, which the range makes worth stating per element.
+TEST(Linear, HoldsOverTheWholeRangeOfFp16) {
+  constexpr int64_t kRows = 70, kIn = 200, kOut = 90;
+  TensorBuffer x(DType::f16, {kRows, kIn}), w(DType::f16, {kOut, kIn}), y(DType::f32, {kRows, kOut});
+  auto values = support::normal_values(kRows * kIn, 5);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const size_t row = i / kIn;
+    values[i] = row % 3 == 0   ? values[i] * 0x1p-22
+                : row % 3 == 1 ? std::clamp(values[i] * 4e4, -65504.0, 65504.0)
+                               : values[i];
+  }
+  x.set(values);
+  w.fill_normal(6, 3e-5);
+  kernels::linear({}, x, {w, {}, {}}, y);
+  const auto a = x.values(), b = w.values(), c = y.values();
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < kOut; ++j) {
+      double sum = 0, magnitude = 0;
+      for (int64_t l = 0; l < kIn; ++l) {
+        sum += a[i * kIn + l] * b[j * kIn + l];
+        magnitude += std::abs(a[i * kIn + l] * b[j * kIn + l]);
+      }
+      ASSERT_LE(std::abs(c[i * kOut + j] - sum), kIn * 0x1p-24 * magnitude) << i << ", " << j;
+    }
+}
+
+// An overflow anywhere in fp16 must reach the gradients as a number that is not finite.
+TEST(Linear, PassesOnWhatIsNotFinite) {
+  TensorBuffer x(DType::f16, {65, 70}), w(DType::f16, {66, 70}), y(DType::f16, {65, 66});
+  x.fill_normal(7);
+  w.fill_normal(8);
+  x.set(5 * 70 + 3, std::numeric_limits<double>::infinity());
+  x.set(9 * 70 + 69, std::numeric_limits<double>::quiet_NaN());
+  kernels::linear({}, x, {w, {}, {}}, y);
+  const auto values = y.values();
+  for (size_t i = 0; i < values.size(); ++i)
+    EXPECT_EQ(std::isfinite(values[i]), i / 66 != 5 && i / 66 != 9) << i;
+}
+
+TEST(Linear, NamesTheArgumentThatDoesNotFit) {
+  TensorBuffer x(DType::f16, {3, 8}), w(DType::f16, {4, 9}), y(DType::f16, {3, 4});
+  try {
+    kernels::linear({}, x, {w, {}, {}}, y);
+    FAIL() << "accepted";
+  } catch (const kernels::ShapeError& e) {
+    EXPECT_STREQ(e.what(), "linear: x is fp16 (3, 8), expected (3, 9)");
+  }
+  TensorBuffer dy(DType::f16, {3, 4}), dw(DType::f16, {4, 8});
+  EXPECT_THROW(kernels::linear_backward_weight({}, dy, x, dw), kernels::ShapeError);  // dw must be fp32
+}
+
+}  // namespace
