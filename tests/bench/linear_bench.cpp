@@ -3,6 +3,8 @@
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
 
+#include <array>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <vector>
