@@ -34,7 +34,11 @@ struct HeadLoss {
   double weight;     // in the total loss; 1 for the language model
 };
 
-// States of the trunk's layers, or of one MTP depth's block, for B sequences.
+// fp16, bf16 or fp32.
+DType compute_dtype(const configs::Config& config);
+
+// States of the trunk's layers, or of one MTP depth's block, for B sequences. A capacity counts the rows of
+// the step under way too; with learned positions it cannot be more than model.context.
 class DecodeState {
  public:
   DecodeState(int64_t batch, int64_t capacity) : batch_(batch), capacity_(capacity) {}
@@ -51,6 +55,8 @@ class DecodeState {
 
 class Model {
  public:
+  // Registers the parameters: parameters().allocate() and then initialize() or load_weights() make it usable.
+  // train.trainable = heads freezes everything but the heads: there is no backward through the trunk then.
   Model(const configs::Config& config, int64_t vocabulary);
   ~Model();
   Model(const Model&) = delete;
@@ -69,16 +75,18 @@ class Model {
   //   seeds[i]     seed of loss i's gradient: loss scale, loss weight and normaliser multiplied
   //   loss_sums    (losses) fp64: += weighted sum of the token losses
   //   gradients_final(begin)  is called during the backward whenever every gradient from element `begin` on
-  //   is final
-  // `saved` is the arena of activations, ctx.scratch the working memory.
+  //   is final, last with 0; not in a rehearsal. May be empty.
+  // `saved` is the arena of activations, ctx.scratch the working memory; both are left as they were. With
+  // ctx.rehearsal and measuring arenas the same code runs and measures.
   void forward_backward(const Context& ctx, const ModelBatch& batch, std::span<const float> seeds,
                         kernels::Arena& saved, Tensor loss_sums,
                         const std::function<void(int64_t)>& gradients_final) const;
   // Losses only.
   void evaluate(const Context& ctx, const ModelBatch& batch, kernels::Arena& saved, Tensor loss_sums) const;
 
-  // Decoding. Call prepare_decoding once after the weights are there (packs them for the row-invariant
-  // kernels).
+  // Decoding. Call prepare_decoding after the weights are there and again when they have changed (packs them
+  // for the row-invariant kernels). Working memory comes from ctx.scratch: rehearse a step of the most rows
+  // to size it.
   void prepare_decoding(const Context& ctx);
   DecodeState make_trunk_state(const Context& ctx, int64_t batch, int64_t capacity) const;
   DecodeState make_mtp_state(const Context& ctx, int64_t batch, int64_t capacity) const;  // one depth

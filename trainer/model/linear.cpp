@@ -1,0 +1,50 @@
+#include "trainer/model/linear.h"
+
+#include <algorithm>
+
+namespace trainer {
+
+Linear::Linear(ParameterStore& store, int first, int last, int bias)
+    : store_(&store), first_(first), last_(last), bias_(bias) {}
+
+int64_t Linear::outputs() const {
+  int64_t rows = 0;
+  for (int i = first_; i <= last_; ++i) rows += store_->parameters()[static_cast<size_t>(i)].shape[0];
+  return rows;
+}
+
+int64_t Linear::inputs() const { return store_->parameters()[static_cast<size_t>(first_)].shape[1]; }
+
+int64_t Linear::bytes() const {
+  return outputs() * inputs() * static_cast<int64_t>(kernels::size_of(store_->compute()));
+}
+
+void Linear::forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone) const {
+  kernels::LinearWeight w{store_->fused_weight(first_, last_), {}, {}};
+  if (bias_ >= 0) w.bias = store_->weight(bias_);
+  if (!rows_alone) return kernels::linear(ctx, x, w, y);
+  if (!panels_) throw kernels::ShapeError("decoding needs packed weights: call prepare_decoding first");
+  w.panels = panels_;
+  for (int64_t begin = 0; begin < x.rows(); begin += kernels::kMaxDecodeRows) {
+    const int64_t count = std::min(kernels::kMaxDecodeRows, x.rows() - begin);
+    kernels::linear(ctx, x.slice(begin, count), w, y.slice(begin, count));
+  }
+}
+
+void Linear::backward_input(const Context& ctx, const Tensor& dy, Tensor dx, bool accumulate) const {
+  kernels::linear_backward_input(ctx, dy, store_->fused_weight(first_, last_), dx, accumulate);
+}
+
+void Linear::backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const {
+  if (!store_->parameters()[static_cast<size_t>(first_)].trainable) return;
+  kernels::linear_backward_weight(ctx, dy, x, store_->fused_gradient(first_, last_),
+                                  bias_ >= 0 ? store_->gradient(bias_) : Tensor{});
+}
+
+void Linear::pack(const Context& ctx, kernels::Arena& panels) {
+  const Tensor matrix = store_->fused_weight(first_, last_);
+  panels_ = panels.allocate("panels", store_->compute(), kernels::panels_shape(matrix));
+  if (!panels.measuring()) kernels::pack_panels(ctx, matrix, panels_);
+}
+
+}  // namespace trainer

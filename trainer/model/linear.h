@@ -1,0 +1,31 @@
+#pragma once
+// A linear layer: views of one matrix, or of several consecutive ones seen as one, and perhaps a bias.
+#include "kernels/ops/linear.h"
+#include "trainer/model/parameters.h"
+
+namespace trainer {
+
+class Linear {
+ public:
+  Linear() = default;
+  Linear(ParameterStore& store, int first, int last, int bias = -1);
+
+  int64_t outputs() const;
+  int64_t inputs() const;
+  // A matrix product; or, with `rows_alone` and after pack(), each row computed as if it stood alone.
+  void forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone = false) const;
+  // dx = dy W, or dx += dy W.
+  void backward_input(const Context& ctx, const Tensor& dy, Tensor dx, bool accumulate = false) const;
+  // Gradients of weight and bias (+=); nothing where they are frozen.
+  void backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const;
+  // Takes memory for the panels from `panels`; packs them unless the arena is measuring.
+  void pack(const Context& ctx, kernels::Arena& panels);
+  int64_t bytes() const;
+
+ private:
+  ParameterStore* store_ = nullptr;
+  int first_ = -1, last_ = -1, bias_ = -1;
+  Tensor panels_;
+};
+
+}  // namespace trainer

@@ -1,0 +1,53 @@
+#include "trainer/model/mlp.h"
+
+#include "kernels/ops/activation.h"
+
+namespace trainer {
+
+Mlp::Mlp(ParameterStore& store, const configs::ModelConfig& model, const std::string& prefix, float deviation)
+    : gated_(model.mlp == "swiglu") {
+  const Shape expanding{model.ffn_width, model.width};
+  int first = -1;
+  if (gated_) first = store.add(prefix + ".gate.weight", expanding, {Init::Kind::normal});
+  const int up = store.add(prefix + ".up.weight", expanding, {Init::Kind::normal}, gated_);
+  expand_ = Linear(store, gated_ ? first : up, up);
+  const int down =
+      store.add(prefix + ".down.weight", {model.width, model.ffn_width}, {Init::Kind::normal, deviation});
+  down_ = Linear(store, down, down);
+}
+
+void Mlp::allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& saved) const {
+  saved.expanded = arena.allocate("mlp expanded", dtype, {rows, expand_.outputs()});
+  saved.activated = arena.allocate("mlp activated", dtype, {rows, down_.inputs()});
+}
+
+void Mlp::forward(const Context& ctx, const Tensor& x, Tensor y, Saved& saved, bool rows_alone) const {
+  expand_.forward(ctx, x, saved.expanded, rows_alone);
+  if (gated_)
+    kernels::swiglu(ctx, saved.expanded, saved.activated);
+  else
+    kernels::gelu(ctx, saved.expanded, saved.activated);
+  down_.forward(ctx, saved.activated, y, rows_alone);
+}
+
+void Mlp::backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved,
+                   Tensor dx) const {
+  const kernels::ArenaScope scope(*ctx.scratch);
+  const Tensor dactivated = ctx.scratch->allocate("mlp dactivated", dy.dtype, saved.activated.shape);
+  const Tensor dexpanded = ctx.scratch->allocate("mlp dexpanded", dy.dtype, saved.expanded.shape);
+  down_.backward_weight(ctx, dy, saved.activated);
+  down_.backward_input(ctx, dy, dactivated);
+  if (gated_)
+    kernels::swiglu_backward(ctx, dactivated, saved.expanded, dexpanded);
+  else
+    kernels::gelu_backward(ctx, dactivated, saved.expanded, dexpanded);
+  expand_.backward_weight(ctx, dexpanded, x);
+  expand_.backward_input(ctx, dexpanded, dx);
+}
+
+void Mlp::pack(const Context& ctx, kernels::Arena& panels) {
+  expand_.pack(ctx, panels);
+  down_.pack(ctx, panels);
+}
+
+}  // namespace trainer

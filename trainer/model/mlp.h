@@ -1,0 +1,32 @@
+#pragma once
+// The feed-forward layer.
+//   swiglu   y = W_down (silu(W_gate x) * W_up x)
+//   gelu     y = W_down gelu(W_up x)
+#include <string>
+
+#include "configs/config.h"
+#include "trainer/model/linear.h"
+
+namespace trainer {
+
+class Mlp {
+ public:
+  struct Saved {
+    Tensor expanded;   // (N, 2F) gate and up, or (N, F)
+    Tensor activated;  // (N, F)
+  };
+
+  // `deviation` is that of the output projection's initial values.
+  Mlp(ParameterStore& store, const configs::ModelConfig& model, const std::string& prefix, float deviation);
+  void allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& saved) const;
+  void forward(const Context& ctx, const Tensor& x, Tensor y, Saved& saved, bool rows_alone) const;
+  void backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved, Tensor dx) const;
+  void pack(const Context& ctx, kernels::Arena& panels);
+  int64_t weight_bytes() const { return expand_.bytes() + down_.bytes(); }
+
+ private:
+  bool gated_;
+  Linear expand_, down_;
+};
+
+}  // namespace trainer

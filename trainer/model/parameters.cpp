@@ -1,0 +1,154 @@
+#include "trainer/model/parameters.h"
+
+#include <fmt/format.h>
+#include <xxhash.h>
+
+#include <algorithm>
+
+#include "kernels/core/error.h"
+#include "kernels/core/parallel.h"
+#include "kernels/core/philox.h"
+#include "kernels/ops/cast.h"
+
+namespace trainer {
+
+namespace {
+constexpr int64_t kAlignment = 32;
+constexpr int64_t kInitGrain = 4096;
+
+// A dense tensor in host memory that owns its bytes.
+struct HostTensor {
+  HostTensor(DType dtype, Shape shape)
+      : bytes(static_cast<size_t>(shape.numel()) * kernels::size_of(dtype)),
+        tensor(bytes.data(), dtype, shape) {}
+  std::vector<unsigned char> bytes;
+  Tensor tensor;
+};
+}  // namespace
+
+int ParameterStore::add(std::string name, Shape shape, Init init, bool joined) {
+  const int64_t begin = joined ? elements_ : (elements_ + kAlignment - 1) / kAlignment * kAlignment;
+  Parameter p{
+      .name = std::move(name), .shape = shape, .init = init, .decay = shape.rank() > 1, .begin = begin};
+  elements_ = begin + shape.numel();
+  parameters_.push_back(std::move(p));
+  return static_cast<int>(parameters_.size()) - 1;
+}
+
+int ParameterStore::find(const std::string& name) const {
+  for (size_t i = 0; i < parameters_.size(); ++i)
+    if (parameters_[i].name == name) return static_cast<int>(i);
+  return -1;
+}
+
+Tensor ParameterStore::place(const char* segment, DType dtype, int64_t count, bool rehearsal) {
+  auto& arena = *memory_.emplace_back(std::make_unique<kernels::Arena>(segment, device_));
+  const Tensor measured = arena.allocate(segment, dtype, {count});
+  if (rehearsal) return measured;
+  arena.place();
+  const Tensor placed = arena.allocate(segment, dtype, {count});
+  kernels::fill({device_, {}, nullptr, false}, placed, 0.0f);
+  return placed;
+}
+
+void ParameterStore::allocate(kernels::Device device, DType compute, bool training, bool rehearsal) {
+  device_ = device;
+  compute_ = compute;
+  memory_.clear();
+  buffers_ = {};
+  const DType main = kernels::main_dtype(compute);
+  buffers_.weights = place("weights", compute, elements_, rehearsal);
+  if (!training) return;
+  buffers_.master = place("master", main, elements_, rehearsal);
+  buffers_.gradients = place("gradients", main, elements_, rehearsal);
+  buffers_.m = place("m", main, elements_, rehearsal);
+  buffers_.v = place("v", main, elements_, rehearsal);
+
+  auto& arena = *memory_.emplace_back(std::make_unique<kernels::Arena>("optimizer", device_));
+  const Shape shape{static_cast<int64_t>(sizeof(kernels::OptimizerState))};
+  buffers_.state = arena.allocate("state", DType::u8, shape);
+  if (rehearsal) return;
+  arena.place();
+  buffers_.state = arena.allocate("state", DType::u8, shape);
+  const kernels::OptimizerState fresh;
+  kernels::copy_bytes(buffers_.state.data, device_, &fresh, {}, sizeof(fresh));
+}
+
+void ParameterStore::assign(int id, const Tensor& values) {
+  const Parameter& p = parameters_[static_cast<size_t>(id)];
+  kernels::check_shape("assign", p.name.c_str(), values, p.shape);
+  kernels::check_dtype("assign", p.name.c_str(), values, kernels::main_dtype(compute_));
+  HostTensor rounded(compute_, p.shape);
+  kernels::cast({}, values, rounded.tensor);
+  kernels::copy_bytes(weight(id).data, device_, rounded.tensor.data, {}, rounded.tensor.bytes());
+  if (buffers_.master) kernels::copy_bytes(master(id).data, device_, values.data, {}, values.bytes());
+}
+
+void ParameterStore::initialize(const Parameter& parameter, uint64_t seed, int id) {
+  const uint64_t key = XXH3_64bits_withSeed(parameter.name.data(), parameter.name.size(), seed);
+  HostTensor values(kernels::main_dtype(compute_), parameter.shape);
+  kernels::visit_dtype(values.tensor.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    T* out = values.tensor.as<T>();
+    const Init& init = parameter.init;
+    kernels::parallel_for(values.tensor.numel(), kInitGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float value = init.kind == Init::Kind::ones ? 1.0f : 0.0f;
+        if (init.kind == Init::Kind::normal)
+          value = init.deviation * kernels::normal(key, kernels::Purpose::init, static_cast<uint64_t>(i));
+        out[i] = T(value);
+      }
+    });
+  });
+  assign(id, values.tensor);
+}
+
+void ParameterStore::initialize(const Context&, uint64_t seed) {
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    Parameter p = parameters_[i];
+    // A copy draws its source's numbers again: no order of initialisation to mind.
+    while (p.init.kind == Init::Kind::copy) p = parameters_[static_cast<size_t>(p.init.source)];
+    initialize(p, seed, static_cast<int>(i));
+  }
+}
+
+void ParameterStore::refresh_weights(const Context& ctx) {
+  kernels::cast(ctx, buffers_.master, buffers_.weights);
+}
+
+void ParameterStore::freeze(const std::vector<std::string>& prefixes_kept_trainable) {
+  for (Parameter& p : parameters_)
+    p.trainable = std::any_of(prefixes_kept_trainable.begin(), prefixes_kept_trainable.end(),
+                              [&](const std::string& prefix) { return p.name.starts_with(prefix); });
+}
+
+Tensor ParameterStore::part(const Tensor& buffer, int first, int last) const {
+  const Parameter& p = parameters_[static_cast<size_t>(first)];
+  Shape shape = p.shape;
+  for (int i = first + 1; i <= last; ++i) {
+    const Parameter& next = parameters_[static_cast<size_t>(i)];
+    if (next.begin != p.begin + shape.numel() || next.shape.rank() != 2 || next.shape[1] != shape[1])
+      throw kernels::ShapeError(
+          fmt::format("parameters '{}' and '{}' are not one matrix", p.name, next.name));
+    shape[0] += next.shape[0];
+  }
+  return buffer.slice(p.begin, shape.numel()).view(shape);
+}
+
+Tensor ParameterStore::weight(int id) const { return part(buffers_.weights, id, id); }
+Tensor ParameterStore::gradient(int id) const { return part(buffers_.gradients, id, id); }
+Tensor ParameterStore::master(int id) const { return part(buffers_.master, id, id); }
+Tensor ParameterStore::fused_weight(int first, int last) const { return part(buffers_.weights, first, last); }
+Tensor ParameterStore::fused_gradient(int first, int last) const {
+  return part(buffers_.gradients, first, last);
+}
+
+std::vector<kernels::Segment> ParameterStore::segments() const {
+  std::vector<kernels::Segment> segments;
+  for (const Parameter& p : parameters_)
+    segments.push_back(
+        {.begin = p.begin, .count = p.shape.numel(), .decay = p.decay, .trainable = p.trainable});
+  return segments;
+}
+
+}  // namespace trainer
