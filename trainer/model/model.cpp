@@ -8,13 +8,9 @@
 #include "trainer/model/heads/mtp.h"
 #include "trainer/model/heads/vocabulary.h"
 #include "trainer/model/transformer.h"
+#include "trainer/optim/settings.h"
 
 namespace trainer {
-
-DType compute_dtype(const configs::Config& config) {
-  if (config.precision.compute == "fp32") return DType::f32;
-  return config.precision.compute == "bf16" ? DType::bf16 : DType::f16;
-}
 
 void DecodeState::commit(const Context& ctx, const kernels::CommitPath& path) {
   for (auto& layer : layers_) layer->commit(ctx, path);
@@ -80,6 +76,8 @@ Model::Impl::Impl(const configs::Config& config, int64_t vocabulary)
   for (int64_t i = 0; i < heads.mtp; ++i)
     add_loss(*mtp.emplace_back(std::make_unique<Mtp>(store, config, i + 1, trunk.embedding())), i);
   if (frozen) store.freeze({"medusa.", "mtp."});
+  // Until the caller allocates, the model can be rehearsed.
+  store.allocate({}, compute_dtype(config), true, true);
 }
 
 int Model::Impl::add_unembedding() {

@@ -34,9 +34,6 @@ struct HeadLoss {
   double weight;     // in the total loss; 1 for the language model
 };
 
-// fp16, bf16 or fp32.
-DType compute_dtype(const configs::Config& config);
-
 // States of the trunk's layers, or of one MTP depth's block, for B sequences. A capacity counts the rows of
 // the step under way too; with learned positions it cannot be more than model.context.
 class DecodeState {
@@ -55,8 +52,9 @@ class DecodeState {
 
 class Model {
  public:
-  // Registers the parameters: parameters().allocate() and then initialize() or load_weights() make it usable.
-  // train.trainable = heads freezes everything but the heads: there is no backward through the trunk then.
+  // Registers the parameters. As made it can only be rehearsed; parameters().allocate() and then initialize()
+  // or load_weights() make it usable. train.trainable = heads freezes everything but the heads: there is no
+  // backward through the trunk then.
   Model(const configs::Config& config, int64_t vocabulary);
   ~Model();
   Model(const Model&) = delete;
