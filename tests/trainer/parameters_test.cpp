@@ -1,0 +1,93 @@
+#include "trainer/model/parameters.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/support/tiny_model.h"
+
+namespace {
+
+using kernels::DType;
+using support::to_doubles;
+using trainer::Init;
+using trainer::ParameterStore;
+
+TEST(Parameters, JoinedOnesAreOneMatrixAndOthersAreAligned) {
+  ParameterStore store;
+  const int q = store.add("q", {3, 5}, {Init::Kind::normal});
+  const int k = store.add("k", {2, 5}, {Init::Kind::normal}, true);
+  const int g = store.add("gain", {7}, {Init::Kind::ones});
+  store.allocate({}, DType::f16, true);
+  store.initialize({}, 1);
+  EXPECT_EQ(store.parameters()[static_cast<size_t>(g)].begin % 32, 0);
+  const kernels::Tensor both = store.fused_weight(q, k);
+  EXPECT_EQ(both.shape, (kernels::Shape{5, 5}));
+  std::vector<double> parts = to_doubles(store.weight(q));
+  for (const double v : to_doubles(store.weight(k))) parts.push_back(v);
+  EXPECT_EQ(to_doubles(both), parts);
+  EXPECT_THROW(store.fused_weight(k, g), kernels::ShapeError);
+  EXPECT_TRUE(store.parameters()[static_cast<size_t>(q)].decay);
+  EXPECT_FALSE(store.parameters()[static_cast<size_t>(g)].decay);
+}
+
+TEST(Parameters, ValuesDependOnSeedAndNameAlone) {
+  ParameterStore first, second;
+  first.add("other", {64}, {Init::Kind::normal});
+  const int a = first.add("matrix", {40, 50}, {Init::Kind::normal, 0.02f});
+  const int b = second.add("matrix", {40, 50}, {Init::Kind::normal, 0.02f});
+  first.allocate({}, DType::f32, true);
+  second.allocate({}, DType::f32, true);
+  first.initialize({}, 7);
+  second.initialize({}, 7);
+  const std::vector<double> values = to_doubles(first.master(a));
+  EXPECT_EQ(values, to_doubles(second.master(b)));
+  double mean = 0, square = 0;
+  for (const double v : values) {
+    mean += v / 2000;
+    square += v * v / 2000;
+  }
+  // 2000 samples: the mean varies by 0.02 / sqrt(2000), the deviation by a factor of 1 +- 1 / sqrt(4000); 5
+  // sigma.
+  EXPECT_NEAR(mean, 0, 5 * 0.02 / std::sqrt(2000.0));
+  EXPECT_NEAR(std::sqrt(square), 0.02, 5 * 0.02 / std::sqrt(4000.0));
+  second.initialize({}, 8);
+  EXPECT_NE(values, to_doubles(second.master(b)));
+}
+
+TEST(Parameters, WeightsAreTheRoundedMaster) {
+  ParameterStore store;
+  const int id = store.add("matrix", {8, 8}, {Init::Kind::normal});
+  store.allocate({}, DType::f16, true);
+  store.initialize({}, 3);
+  float* master = store.master(id).as<float>();
+  for (int i = 0; i < 64; ++i) master[i] += 1.0f;
+  store.refresh_weights({});
+  const auto* weights = store.weight(id).as<kernels::f16>();
+  for (int i = 0; i < 64; ++i)
+    EXPECT_EQ(static_cast<float>(weights[i]), static_cast<float>(kernels::f16(master[i])));
+}
+
+TEST(Parameters, RehearsalTakesNoMemoryAndMeasuresAll) {
+  ParameterStore store;
+  store.add("matrix", {100, 64}, {Init::Kind::normal});
+  store.allocate({}, DType::f16, true, true);
+  size_t bytes = 0;
+  for (const auto& arena : store.memory()) {
+    EXPECT_TRUE(arena->measuring());
+    bytes += arena->high_water();
+  }
+  EXPECT_GE(bytes, size_t{6400} * (2 + 4 * 4));
+  EXPECT_LT(bytes, size_t{6400} * (2 + 4 * 4) + 1024);
+}
+
+TEST(Parameters, FreezeKeepsTheNamedTrainable) {
+  ParameterStore store;
+  store.add("blocks.0.weight", {4, 4}, {});
+  store.add("medusa.0.weight", {4, 4}, {});
+  store.freeze({"medusa."});
+  EXPECT_FALSE(store.segments()[0].trainable);
+  EXPECT_TRUE(store.segments()[1].trainable);
+}
+
+}  // namespace
