@@ -1,0 +1,63 @@
+#!/bin/bash
+# From a clone to a report: sets up, builds, prepares text, trains on two ranks, evaluates. Run again, it skips what
+# is done and goes on with what was cut short.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/mpi_env.sh
+
+config=configs/presets/quickstart.cfg
+prepared=prepared/quickstart
+run=runs/quickstart
+foretell=build/foretell
+
+stage() {
+  printf '\n== %d:%02d  %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"
+}
+
+# The text: headers of C and C++ that the set-up brought. Some packages are held out whole, so that validation is on
+# code that no training file comes from.
+include=/usr/include
+training=("$include/c++" "$include/linux" "$include/asm-generic" "$include/x86_64-linux-gnu" "$include/hdf5"
+  "$include/google" "$include/boost/asio" "$include/boost/beast" "$include/boost/math" "$include/boost/geometry"
+  "$include/boost/spirit" "$include/boost/container" "$include/boost/intrusive" "$include/boost/log")
+held_out=("$include/fmt" "$include/nlohmann" "$include/gtest" "$include/hwy" "$include/boost/json")
+
+present() {
+  for path in "$@"; do
+    if [ -e "$path" ]; then echo "$path"; fi
+  done
+}
+
+stage "set-up"
+launch/setup.sh
+
+stage "building into build/"
+[ -f build/build.ninja ] || cmake --preset release >/dev/null
+cmake --build --preset release
+
+stage "preparing text"
+if [ -f $prepared/dataset.json ]; then
+  echo "$prepared is there"
+else
+  mapfile -t training < <(present "${training[@]}")
+  mapfile -t held_out < <(present "${held_out[@]}")
+  $foretell prepare --input "${training[@]}" "${held_out[@]}" --validation-input "${held_out[@]}" --output $prepared
+fi
+
+stage "training on two ranks"
+if grep -qs '"state": "finished"' $run/status.json; then
+  echo "$run is finished"
+else
+  mpirun -np 2 $foretell train $config --set data.path=$prepared --set log.run=$run --resume auto
+fi
+
+stage "evaluating"
+if [ -f $run/report.html ] && [ $run/report.html -nt $run/status.json ]; then
+  $foretell inspect $run
+else
+  $foretell evaluate $run
+fi
+
+stage "done"
+echo "open $PWD/$run/report.html"
+echo "try  $foretell generate $run --prompt '#include <' --drafter medusa"

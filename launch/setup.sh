@@ -1,0 +1,57 @@
+#!/bin/bash
+# Installs what building and running Foretell needs and is missing. Debian 12 and Ubuntu 24.04.
+set -euo pipefail
+
+# A tool that is on the PATH is taken as it is, wherever it came from: "command package".
+tools=(
+  "c++ g++"
+  "cmake cmake"
+  "ninja ninja-build"
+  "pkg-config pkg-config"
+  "mpirun openmpi-bin"
+  "ccache ccache"
+  "git git"
+)
+libraries=(
+  libopenmpi-dev
+  libboost-program-options-dev
+  libfmt-dev
+  nlohmann-json3-dev
+  libhdf5-dev
+  libhwy-dev
+  libxxhash-dev
+  libsentencepiece-dev
+  libdnnl-dev
+  libgtest-dev
+)
+
+missing=()
+for tool in "${tools[@]}"; do
+  read -r command package <<<"$tool"
+  command -v "$command" >/dev/null || missing+=("$package")
+done
+if ! command -v dpkg-query >/dev/null; then
+  echo "setup: this machine has no dpkg; install by its own means: ${missing[*]} ${libraries[*]}" >&2
+  exit 1
+fi
+for package in "${libraries[@]}"; do
+  state=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null || true)
+  [ "$state" = "install ok installed" ] || missing+=("$package")
+done
+if [ ${#missing[@]} -eq 0 ]; then
+  echo "setup: everything is installed"
+  exit 0
+fi
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+  if ! command -v sudo >/dev/null; then
+    echo "setup: needs root to install packages, and there is no sudo; as root: apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
+  as_root=(sudo)
+fi
+echo "setup: installing ${missing[*]}"
+"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+echo "setup: done"

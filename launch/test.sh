@@ -1,0 +1,33 @@
+#!/bin/bash
+# Sets up, builds everything with its tests (the CUDA side too where nvcc is) and runs them. Arguments go to ctest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/mpi_env.sh
+
+stage() {
+  printf '\n== %d:%02d  %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"
+}
+
+stage "set-up"
+launch/setup.sh
+
+if command -v clang-format >/dev/null && git rev-parse --git-dir >/dev/null 2>&1; then
+  stage "format"
+  git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r clang-format --dry-run -Werror
+fi
+
+stage "building into build-test/"
+[ -f build-test/build.ninja ] || cmake --preset test >/dev/null
+cmake --build --preset test
+
+if [ -n "$(find kernels/cuda -name '*.cu' -print -quit)" ] && command -v nvcc >/dev/null; then
+  echo "the CUDA side was compiled with $(nvcc --version | grep -o 'release [0-9.]*')"
+else
+  echo "no CUDA side in this build: nvcc is not on the PATH"
+fi
+if ! nvidia-smi -L >/dev/null 2>&1; then
+  echo "no GPU here: GPU tests are skipped"
+fi
+
+stage "tests"
+ctest --test-dir build-test --output-on-failure --no-tests=error -j "$(nproc)" "$@"
