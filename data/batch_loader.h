@@ -9,8 +9,8 @@
 
 namespace data {
 
-// N rows of several sequences laid end to end. Rows beyond the last real token pad the count to a length
-// bucket; they form a sequence of their own with weight 0.
+// N rows of several sequences laid end to end. Rows beyond the last real token pad the count to a row bucket;
+// they are sequences of their own, each at most `context` long, of token 0, target -1 and weight 0.
 struct Batch {
   std::vector<int32_t> tokens;      // (N)
   std::vector<int32_t> positions;   // (N) from 0 in each sequence
@@ -32,7 +32,8 @@ struct LoaderParams {
 };
 
 // The samples of one step, grouped into micro-batches by length (counting sort into length buckets),
-// identical on every rank. Rank r of W computes micro_batches [r M / W, (r + 1) M / W).
+// identical on every rank. Rank r of W computes micro_batches [r M / W, (r + 1) M / W); short and long ones
+// alternate, so that these parts are about equal work.
 struct StepPlan {
   std::vector<std::vector<int64_t>> micro_batches;  // sample numbers
   std::vector<double> weight_sums;                  // (K): total loss weight of the step for each offset
@@ -45,12 +46,13 @@ class BatchLoader {
   // that can be evaluated at any position, so resuming needs nothing but the step.
   StepPlan plan(int64_t step) const;
   Batch load(std::span<const int64_t> samples) const;
-  // Every sample once, in storage order, grouped as above: for validation.
+  // Every sample once, sorted by length bucket and then in storage order: for validation.
   std::vector<std::vector<int64_t>> all_micro_batches() const;
   // The finite set of row counts a micro-batch can have, ascending; the last is the largest.
   std::vector<int64_t> row_buckets() const;
 
  private:
+  std::vector<std::vector<int64_t>> group(const std::vector<int64_t>& samples) const;
   const TokenDataset& dataset_;
   LoaderParams params_;
 };

@@ -1,5 +1,5 @@
 #pragma once
-// From files to a prepared folder: train_NNN.h5, validation_NNN.h5, tokenizer, dataset.json.
+// From files to a prepared folder: train_NNN.h5, validation_NNN.h5, tokenizer.model, dataset.json.
 #include <filesystem>
 #include <functional>
 #include <string>
@@ -8,14 +8,20 @@
 namespace data {
 
 struct PrepareParams {
-  std::vector<std::string> inputs;  // files, folders, globs
+  std::vector<std::string> inputs;  // files, folders (recursive, hidden entries left out), globs
   std::filesystem::path output;
   std::string tokenizer = "sentencepiece:2048";  // bytes | sentencepiece:N | FILE
-  std::string text_key = "text";                 // of JSON lines
-  double validation_fraction = 0.05;  // of documents, by a hash of the document: stable when files are added
-  std::vector<std::string> validation_inputs;  // globs or folders whose files all go to validation instead
-  int64_t max_bytes = 0;                       // stop after this much text; 0 takes all
-  bool overwrite = false;
+  // Of JSON lines. "prompt+completion" joins two texts; the tokens of the first get loss weight 0, so that
+  // fine-tuning does not learn prompts.
+  std::string text_key = "text";
+  // Of documents, by a hash of the content: stable when files are added. With so few documents that one split
+  // would be empty, the document with the lowest hash is held out; of a single one, its last part.
+  double validation_fraction = 0.05;
+  // Files, folders or globs that all go to validation, whether `inputs` has them or not; then the fraction is
+  // not used.
+  std::vector<std::string> validation_inputs;
+  int64_t max_bytes = 0;   // stop after this much text of `inputs`; 0 takes all
+  bool overwrite = false;  // replace `output` if it is a prepared folder; anything else is never removed
 };
 
 struct PrepareSummary {
@@ -25,7 +31,9 @@ struct PrepareSummary {
 };
 
 // Writes into a temporary folder beside `output` and renames it when all is on disk: complete or absent.
-// `progress` is called with a phase and a fraction.
+// Documents with the same content are kept once, in validation if they are in both. Each document ends with
+// the end-of-text token. DataError for unusable input and no space, ConfigError for parameters out of range.
+// `progress` (may be empty) is called with a phase and a fraction.
 PrepareSummary prepare(const PrepareParams& params,
                        const std::function<void(const std::string&, double)>& progress);
 

@@ -1,5 +1,5 @@
 #pragma once
-// Text to tokens and back. Decoding the tokens of a text gives the text back, byte for byte.
+// Text to tokens and back. Decoding the tokens of a text gives the text back, byte for byte, for any bytes.
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -8,6 +8,8 @@
 #include <vector>
 
 namespace data {
+
+inline constexpr const char* kTokenizerFile = "tokenizer.model";  // in a prepared folder
 
 class Tokenizer {
  public:
@@ -25,6 +27,9 @@ std::unique_ptr<Tokenizer> make_byte_tokenizer();  // 256 bytes and end-of-text
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& path);
 std::unique_ptr<Tokenizer> deserialize_tokenizer(std::string_view serialized);
 // Trains SentencePiece BPE with byte fall-back on the given texts, loss-less (no normalisation, spaces kept).
+// Merges stay inside a word with the white space before it (see sentencepiece.cpp). The vocabulary counts
+// everything; it comes out smaller where the texts do not fill it. ConfigError below kSmallestVocabulary.
+inline constexpr int64_t kSmallestVocabulary = 288;
 std::unique_ptr<Tokenizer> train_sentencepiece(const std::vector<std::string_view>& texts,
                                                int64_t vocabulary);
 

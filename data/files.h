@@ -1,0 +1,43 @@
+#pragma once
+// Files as the data room reads and writes them. Every error is a DataError with the path and the reason.
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace data {
+
+// Files behind paths, folders (recursive, without hidden entries) and globs, each list sorted, every file
+// once. A path that does not exist or a glob without a match is a DataError.
+std::vector<std::filesystem::path> expand_inputs(const std::vector<std::string>& inputs);
+
+// The whole content of a regular file.
+std::string read_file(const std::filesystem::path& path);
+
+// Writes a new file and has it on disk when it returns.
+void write_file(const std::filesystem::path& path, const std::vector<std::string_view>& pieces);
+
+// DataError if the file system of `folder` has less than `bytes` left.
+void check_free_space(const std::filesystem::path& folder, int64_t bytes);
+
+// A folder that appears under its name complete or not at all: filled under a temporary name beside it, then
+// renamed by commit(). Without commit() nothing is left behind. What an interrupted program left is removed.
+class NewFolder {
+ public:
+  // DataError if `target` exists and holds something, unless `replaceable` says that it may be replaced.
+  NewFolder(const std::filesystem::path& target,
+            const std::function<bool(const std::filesystem::path&)>& replaceable);
+  ~NewFolder();
+  NewFolder(const NewFolder&) = delete;
+  NewFolder& operator=(const NewFolder&) = delete;
+  const std::filesystem::path& path() const { return temporary_; }
+  void commit();
+
+ private:
+  std::filesystem::path target_, temporary_;
+  bool committed_ = false;
+};
+
+}  // namespace data
