@@ -1,9 +1,9 @@
 #pragma once
 // A token shard: one HDF5 file behind a line of its own.
 //
-//   bytes 0..511   "foretell shard 1 <bytes of the file> <XXH3-128 of all bytes from 512>\n", then zeros: an
+//   bytes 0..511   "foretell shard 1 <bytes of the file> <XXH3-128 of all bytes from 512>\n", then zeros;
 //   HDF5
-//                  user block, which h5ls and h5py skip
+//                  looks for its file at 0, 512, 1024, ..., so that h5ls and h5py open it as it is
 //   /tokens        (N) uint16 where the vocabulary fits, else int32; contiguous
 //   /documents     (D + 1) int64: document d is tokens [documents[d], documents[d + 1])
 //   /names         (bytes) uint8 and /name_ends (D) int64: the names end to end

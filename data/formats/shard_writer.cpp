@@ -61,9 +61,7 @@ class Image {
     quiet_hdf5();
     const Hdf5Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, error_);
     hdf5_check(H5Pset_fapl_core(access.get(), size_t{1} << 20, false), error_);
-    const Hdf5Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose, error_);
-    hdf5_check(H5Pset_userblock(creation.get(), kShardHeaderBytes), error_);
-    return Hdf5Handle(H5Fcreate("shard", H5F_ACC_TRUNC, creation.get(), access.get()), H5Fclose, error_);
+    return Hdf5Handle(H5Fcreate("shard", H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose, error_);
   }
   std::string error_;
   Hdf5Handle file_;
@@ -102,9 +100,7 @@ int64_t shard_token_bytes(int64_t vocabulary) { return vocabulary <= 65536 ? 2 :
 
 void write_shard(const std::filesystem::path& path, const ShardContent& content) {
   const std::string image = build_image(path.string(), content);
-  const std::string_view body = std::string_view(image).substr(kShardHeaderBytes);
-  const std::string header = shard_header(image.size(), checksum(body).hex());
-  write_file(path, {header, body});
+  write_file(path, {shard_header(kShardHeaderBytes + image.size(), checksum(image).hex()), image});
 }
 
 }  // namespace data
