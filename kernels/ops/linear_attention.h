@@ -9,7 +9,7 @@
 // denominator (N, H) main type: z_i . phi(q_i) + eps (normalised only; may be empty otherwise). Backward: dq,
 // dk, dv written; the denominator's gradient is part of them. S, z, dS, dz and all sums are fp32 (fp64 for
 // fp64). Work is linear in the sequence length: per token and head 4D(C + D) operations forward, 10D(C + D)
-// backward.
+// backward. Rows that belong to no sequence get o = 0 and gradients 0. dout may be of the main type.
 //
 // Decoding state per sequence b: S and z folded over the first F tokens, F = lengths[b] / kFold * kFold, and
 // the raw k, v rows since. A row at position p reads S, z and, in slot order, the rows it may see; it never

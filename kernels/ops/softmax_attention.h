@@ -3,6 +3,7 @@
 //   o_i = sum_{j <= i, same sequence} p_ij v_j,   p_i = softmax_j(q_i . k_j / sqrt(D))
 // q, o (N, H, D); k, v (N, Hk, D), H a multiple of Hk: query head h reads key head h / (H / Hk).
 // cu_seqlens (S + 1) int32: sequence s owns rows [cu_seqlens[s], cu_seqlens[s + 1]).
+// Rows that belong to no sequence get o = 0 and gradients 0.
 // Saved: log_sum (N, H) main type, the log of the softmax denominator, so that the backward rebuilds p.
 // Backward: dq, dk, dv written. Scores, softmax and sums are fp32. Source: Vaswani et al. 2017; Dao et al.
 // 2022 (tiling).
@@ -23,8 +24,8 @@ void softmax_attention_backward(const Context& ctx, const Tensor& dout, const Te
                                 const Tensor& cu_seqlens, Tensor dq, Tensor dk, Tensor dv);
 void softmax_attention_decode(const Context& ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                               const DecodeRows& rows, Tensor cache_k, Tensor cache_v, Tensor o);
-// Also used by every state that keeps rows: cache (B, capacity, ...). `base` is subtracted from lengths[b] (0
-// for a plain cache; kFold-aligned fold position otherwise, see linear_attention.h) when it is set.
+// Also used by every state that keeps rows: cache (B, capacity, ...). since_fold: slots are counted from the
+// last multiple of kFold (linear_attention.h), not from 0.
 void commit_rows(const Context& ctx, const CommitPath& path, bool since_fold, Tensor cache);
 
 namespace cpu {

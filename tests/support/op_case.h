@@ -105,11 +105,13 @@ std::vector<OpCase> activation_cases();
 std::vector<OpCase> cast_cases();
 std::vector<OpCase> cross_entropy_cases();
 std::vector<OpCase> embedding_cases();
+std::vector<OpCase> linear_attention_cases();
 std::vector<OpCase> linear_cases();
 std::vector<OpCase> norm_cases();
 std::vector<OpCase> optimizer_cases();
 std::vector<OpCase> rotary_cases();
 std::vector<OpCase> sampling_cases();
+std::vector<OpCase> softmax_attention_cases();
 std::vector<OpCase> all_op_cases();
 
 }  // namespace support

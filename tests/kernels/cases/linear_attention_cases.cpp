@@ -1,0 +1,78 @@
+#include "kernels/ops/linear_attention.h"
+#include "tests/support/op_case.h"
+
+namespace support {
+
+namespace {
+
+using kernels::Context;
+using kernels::LinearAttentionParams;
+
+struct AttentionShape {
+  int64_t heads, key_heads, width;
+  std::vector<double> cu_seqlens;
+  int64_t padding = 0;
+};
+
+// Backward: o is rounded on its way into do . o, a sum over the width, which moves dq by up to
+// u sum |do o|: about u times the width. The un-normalised output is of the main type, nothing is rounded.
+OpCase attention_case(std::string name, LinearAttentionParams params, const AttentionShape& s) {
+  const auto rows = static_cast<int64_t>(s.cu_seqlens.back());
+  OpCase op{
+      .operation = "linear_attention", .name = std::move(name), .inputs = {}, .outputs = {}, .forward = {}};
+  for (const char* input : {"q", "k", "v"})
+    op.inputs.push_back({.name = input,
+                         .shape = {rows, *input == 'q' ? s.heads : s.key_heads, s.width},
+                         .gradient = Gradient::written,
+                         .padding = s.padding});
+  op.inputs.push_back({.name = "cu_seqlens",
+                       .shape = {static_cast<int64_t>(s.cu_seqlens.size())},
+                       .type = Type::i32,
+                       .values = s.cu_seqlens});
+  op.outputs = {{.name = "o",
+                 .shape = {rows, s.heads, s.width},
+                 .type = params.normalise ? Type::compute : Type::main,
+                 .padding = s.padding}};
+  if (params.normalise)
+    op.outputs.push_back(
+        {.name = "denominator", .shape = {rows, s.heads}, .type = Type::main, .differentiable = false});
+  const auto denominator = [params](const OpTensors& t) {
+    return params.normalise ? t["denominator"] : kernels::Tensor{};
+  };
+  op.forward = [=](const Context& ctx, const OpTensors& t) {
+    kernels::linear_attention(ctx, params, t["q"], t["k"], t["v"], t["cu_seqlens"], t["o"], denominator(t));
+  };
+  op.backward = [=](const Context& ctx, const OpTensors& t) {
+    kernels::linear_attention_backward(ctx, params, t["do"], t["q"], t["k"], t["v"], t["o"], denominator(t),
+                                       t["cu_seqlens"], t["dq"], t["dk"], t["dv"]);
+  };
+  op.backward_roundings = params.normalise ? 2 + static_cast<double>(s.width) : 1;
+  op.sum_length = 4 * (s.width + rows);
+  return op;
+}
+
+}  // namespace
+
+std::vector<OpCase> linear_attention_cases() {
+  std::vector<OpCase> cases;
+  for (const bool normalise : {true, false}) {
+    const LinearAttentionParams params{.normalise = normalise};
+    const std::string kind = normalise ? "normalised" : "plain";
+    cases.push_back(attention_case(kind + "_one_sequence", params,
+                                   {.heads = 2, .key_heads = 2, .width = 8, .cu_seqlens = {0, 9}}));
+    cases.push_back(attention_case(
+        kind + "_packed_ragged", params,
+        {.heads = 2, .key_heads = 1, .width = 4, .cu_seqlens = {0, 1, 1, 6, 9}, .padding = 8}));
+    cases.push_back(
+        attention_case(kind + "_odd_width_groups", params,
+                       {.heads = 4, .key_heads = 2, .width = 5, .cu_seqlens = {0, 3, 8}, .padding = 3}));
+    // Over many rows v averages out: dq is small beside the do . o whose rounding it carries.
+    OpCase chunks = attention_case(kind + "_three_chunks", params,
+                                   {.heads = 2, .key_heads = 1, .width = 2, .cu_seqlens = {0, 130}});
+    if (normalise) chunks.backward_roundings *= 4;
+    cases.push_back(std::move(chunks));
+  }
+  return cases;
+}
+
+}  // namespace support
