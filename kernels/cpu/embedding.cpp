@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "kernels/cpu/convert.h"
 #include "kernels/cpu/rows.h"
 
 namespace kernels::cpu {
@@ -45,7 +46,12 @@ void scatter_add(const Tensor& dy, const int32_t* index, const int32_t* keep, co
     if (index[i] < 0 || keep[i] < 0) continue;
     const T* g = row<T>(dy, i);
     auto* sum = row<acc_t<T>>(dtable, index[i]);
-    for (int64_t c = begin; c < end; ++c) sum[c] += acc_t<T>(g[c]);
+    for (int64_t first = begin; first < end; first += kColumnGrain) {
+      const int64_t count = std::min(kColumnGrain, end - first);
+      acc_t<T> wide[kColumnGrain];
+      load_row(g + first, wide, count);
+      for (int64_t c = 0; c < count; ++c) sum[first + c] += wide[c];
+    }
   }
 }
 

@@ -30,7 +30,7 @@ struct NormBackward {
 };
 
 // The column sums of norm_backward run over strips of this many columns, each by one thread over all rows in
-// order.
+// order; a multiple of every vector's lanes.
 inline constexpr int64_t kStrip = 64;
 
 }  // namespace kernels::cpu
@@ -128,23 +128,25 @@ void gradient_rows(const NormBackward& b, int64_t begin, int64_t end) {
                      row<acc_t<Y>>(b.statistics, r) + 2 * g, row<DX>(b.dx, r) + g * n, n);
 }
 
-// One vector of columns: dgain += sum dy xhat and dbias += sum dy, over the rows in order.
-template <typename X, typename Y, class Extent>
-void sum_columns(const NormBackward& b, int64_t group, int64_t column, Extent extent) {
+// Adds a strip's sums over all rows to a gradient: dgain += sum dy xhat, dbias += sum dy.
+template <typename X, typename Y>
+void sum_strip(const NormBackward& b, int64_t group, int64_t first, int64_t columns) {
+  using A = acc_t<Y>;
   const Lanes<Y> d;
-  auto dgain = hn::Zero(d), dbias = hn::Zero(d);
+  A dgain[kStrip] = {}, dbias[kStrip] = {};
   for (int64_t i = 0; i < b.x.rows(); ++i) {
-    const auto* saved = row<acc_t<Y>>(b.statistics, i) + 2 * group;
-    const auto g = load(d, row<Y>(b.dy, i) + column, extent);
-    const auto xhat = hn::Sub(load(d, row<X>(b.x, i) + column, extent), hn::Set(d, saved[0]));
-    dgain = hn::MulAdd(g, hn::Mul(xhat, hn::Set(d, saved[1])), dgain);
-    dbias = hn::Add(dbias, g);
+    const A* saved = row<A>(b.statistics, i) + 2 * group;
+    const auto m = hn::Set(d, saved[0]), r = hn::Set(d, saved[1]);
+    const Y* dy = row<Y>(b.dy, i) + first;
+    const X* x = row<X>(b.x, i) + first;
+    for_columns(d, columns, [&](size_t c, auto extent) HWY_ATTR {
+      const auto g = load(d, dy + c, extent), xhat = hn::Mul(hn::Sub(load(d, x + c, extent), m), r);
+      hn::StoreU(hn::MulAdd(g, xhat, hn::LoadU(d, dgain + c)), d, dgain + c);
+      if (b.dbias) hn::StoreU(hn::Add(g, hn::LoadU(d, dbias + c)), d, dbias + c);
+    });
   }
-  auto* sums = b.dgain.as<acc_t<Y>>() + column;
-  store(d, hn::Add(load(d, sums, extent), dgain), sums, extent);
-  if (!b.dbias) return;
-  sums = b.dbias.as<acc_t<Y>>() + column;
-  store(d, hn::Add(load(d, sums, extent), dbias), sums, extent);
+  for (int64_t c = 0; c < columns; ++c) b.dgain.as<A>()[first + c] += dgain[c];
+  for (int64_t c = 0; b.dbias && c < columns; ++c) b.dbias.as<A>()[first + c] += dbias[c];
 }
 
 // Strips [begin, end) of the columns, counted through the groups.
@@ -152,10 +154,8 @@ template <typename X, typename Y>
 void sum_strips(const NormBackward& b, int64_t begin, int64_t end) {
   const int64_t n = b.x.cols() / b.params.groups, strips = (n + kStrip - 1) / kStrip;
   for (int64_t s = begin; s < end; ++s) {
-    const int64_t group = s / strips, first = s % strips * kStrip;
-    for_columns(Lanes<Y>(), std::min(kStrip, n - first), [&](size_t i, auto extent) {
-      sum_columns<X, Y>(b, group, group * n + first + static_cast<int64_t>(i), extent);
-    });
+    const int64_t group = s / strips, offset = s % strips * kStrip;
+    sum_strip<X, Y>(b, group, group * n + offset, std::min(kStrip, n - offset));
   }
 }
 
