@@ -163,7 +163,7 @@ std::vector<int64_t> steps_in(const Path& directory) {
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator(directory, error))
     if (step_of(entry.path()) >= 0) steps.push_back(step_of(entry.path()));
-  if (error && error != std::errc::no_such_file_or_directory)
+  if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
     throw CheckpointError(fmt::format("cannot list {}: {}", directory.string(), error.message()));
   std::sort(steps.rbegin(), steps.rend());
   return steps;

@@ -1,5 +1,4 @@
 #include <fmt/format.h>
-#include <xxhash.h>
 
 #include <cstring>
 #include <map>
@@ -14,57 +13,12 @@ namespace {
 
 constexpr uint64_t kLongestManifest = uint64_t{256} << 20;
 
-Dataset dataset_of(const TensorEntry& tensor, const Piece& piece) {
-  Dataset dataset{tensor.name, tensor.dtype, tensor.shape, tensor.shape, piece.begin};
-  dataset.shape[0] = piece.end - piece.begin;
-  return dataset;
-}
-
-// Reads one piece and compares its checksum; `fn` sees each band.
-void read_piece(const ShardReader& shard, const Path& path, const TensorEntry& tensor, const Piece& piece,
-                const ShardReader::Band& fn) {
-  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash(XXH3_createState(), XXH3_freeState);
-  XXH3_64bits_reset(hash.get());
-  shard.read(dataset_of(tensor, piece), [&](int64_t row, std::span<const std::byte> bytes) {
-    XXH3_64bits_update(hash.get(), bytes.data(), bytes.size());
-    fn(row, bytes);
-  });
-  if (XXH3_64bits_digest(hash.get()) != piece.hash)
-    throw CheckpointError(fmt::format("{}: the checksum of tensor {} differs", path.string(), tensor.name));
-}
-
-void verify_file(const Path& directory, const Manifest& manifest, int index) {
-  const Path path = directory / shard_name(index);
-  const FileEntry& entry = manifest.files[static_cast<size_t>(index)];
-  const uint64_t bytes = regular_file_size(path);
-  if (bytes != entry.bytes)
-    throw CheckpointError(fmt::format("{} has {} bytes instead of {}", path.string(), bytes, entry.bytes));
-  if (hash_file(path) != entry.hash)
-    throw CheckpointError(fmt::format("the checksum of {} differs", path.string()));
-}
-
 }  // namespace
-
-void verify_shards(const Path& directory, const Manifest& manifest) {
-  for (int i = 0; i < static_cast<int>(manifest.files.size()); ++i) {
-    verify_file(directory, manifest, i);
-    const Path path = directory / shard_name(i);
-    const ShardReader shard(path);
-    std::vector<std::string> names;
-    for (const TensorEntry& tensor : manifest.tensors)
-      for (const Piece& piece : tensor.pieces)
-        if (piece.file == i) names.push_back(tensor.name);
-    shard.check_contents(names);
-    for (const TensorEntry& tensor : manifest.tensors)
-      for (const Piece& piece : tensor.pieces)
-        if (piece.file == i)
-          read_piece(shard, path, tensor, piece, [](int64_t, std::span<const std::byte>) {});
-  }
-}
 
 struct Reader::Impl {
   Path directory;
   Manifest manifest;
+  std::vector<std::unique_ptr<ShardReader>> shards;
   Attributes attributes;
   std::map<std::string, const TensorEntry*> tensors;
 
@@ -89,13 +43,16 @@ Reader::Reader(const Path& checkpoint) : impl_(std::make_unique<Impl>()) {
     if (step_of(checkpoint) >= 0 && step_of(checkpoint) != impl_->manifest.step)
       throw CheckpointError(fmt::format("its manifest is of step {}", impl_->manifest.step));
     verify_shards(checkpoint, impl_->manifest);
-    impl_->attributes = ShardReader(checkpoint / shard_name(0)).read_attributes();
+    for (size_t i = 0; i < impl_->manifest.files.size(); ++i)
+      impl_->shards.push_back(std::make_unique<ShardReader>(checkpoint / shard_name(static_cast<int>(i))));
+    impl_->attributes = impl_->shards[0]->read_attributes();
   } catch (const CheckpointError& error) {
     throw CheckpointError(
         fmt::format("checkpoint {} does not verify ({}); use an older checkpoint or a copy of this one",
                     checkpoint.string(), error.what()));
   }
   for (const TensorEntry& tensor : impl_->manifest.tensors) impl_->tensors[tensor.name] = &tensor;
+  remember_verified(checkpoint);
 }
 
 Reader::~Reader() = default;
@@ -120,8 +77,8 @@ void Reader::read(const std::string& name, Tensor into) const {
   const auto row_bytes = static_cast<size_t>(tensor.row_bytes());
   const auto stride = static_cast<size_t>(into.row_stride) * kernels::size_of(into.dtype);
   for (const Piece& piece : tensor.pieces) {
-    const Path path = impl_->directory / shard_name(piece.file);
-    read_piece(ShardReader(path), path, tensor, piece, [&](int64_t row, std::span<const std::byte> bytes) {
+    const ShardReader& shard = *impl_->shards[static_cast<size_t>(piece.file)];
+    read_piece(shard, tensor, piece, [&](int64_t row, std::span<const std::byte> bytes) {
       char* target = static_cast<char*>(into.data) + static_cast<size_t>(piece.begin + row) * stride;
       for (size_t at = 0; at < bytes.size(); at += row_bytes, target += stride)
         std::memcpy(target, bytes.data() + at, row_bytes);

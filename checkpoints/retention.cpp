@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "checkpoints/manifest.h"
+#include "checkpoints/verify.h"
 
 namespace checkpoints {
 
@@ -60,7 +60,8 @@ Path find_newest(const Path& directory, bool set_bad_aside,
 }
 
 Path resolve(const Path& given, const std::function<void(const std::string&)>& warn) {
-  if (std::filesystem::exists(given / kManifestName)) return given;
+  std::error_code none;
+  if (step_of(given) >= 0 || std::filesystem::exists(given / kManifestName, none)) return given;
   for (const Path& directory : {given / "checkpoints", given}) {
     const Path found = find_newest(directory, false, warn);
     if (!found.empty()) return found;
@@ -76,7 +77,7 @@ void retain(const Path& directory, int64_t keep, int64_t keep_every, int64_t bes
   for (int64_t step : steps_in(directory)) {
     const Path checkpoint = directory / step_name(step);
     if (verified < wanted) {
-      if (why_bad(checkpoint).empty()) ++verified;
+      if (known_verified(checkpoint) || why_bad(checkpoint).empty()) ++verified;
       continue;
     }
     if (step == best || (keep_every > 0 && step % keep_every == 0)) continue;

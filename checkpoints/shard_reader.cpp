@@ -22,7 +22,8 @@ struct ShardReader::Impl {
     throw CheckpointError(fmt::format("{}: {} {}", path.string(), name, reason));
   }
   std::string what(const std::string& name) const { return fmt::format("{}: {}", path.string(), name); }
-  void list(hid_t group, const std::string& prefix, int depth, size_t limit,
+  // Names of the datasets below a group. `links` bounds how many links are followed: groups may form a ring.
+  void list(hid_t group, const std::string& prefix, int depth, size_t& links,
             std::set<std::string>& names) const;
   Id open_dataset(const std::string& name, hid_t type) const;
   std::vector<hsize_t> dims(hid_t set, const std::string& name) const;
@@ -30,6 +31,9 @@ struct ShardReader::Impl {
 };
 
 namespace {
+
+constexpr size_t kDeepest = 64;  // groups within groups
+constexpr size_t kMostAttributes = 4096;
 
 struct Links {
   std::vector<std::pair<std::string, H5L_type_t>> found;
@@ -55,33 +59,33 @@ ShardReader::ShardReader(const Path& path)
     : impl_(new Impl{path, regular_file_size(path), open_file(path)}) {}
 ShardReader::~ShardReader() = default;
 
-void ShardReader::Impl::list(hid_t group, const std::string& prefix, int depth, size_t limit,
+void ShardReader::Impl::list(hid_t group, const std::string& prefix, int depth, size_t& links,
                              std::set<std::string>& names) const {
-  constexpr int kDeepest = 64;
-  if (depth > kDeepest) refuse(prefix, "is nested too deeply");
-  Links links{{}, limit + 1};
+  if (depth > static_cast<int>(kDeepest)) refuse(prefix, "is nested too deeply");
+  Links here{{}, links + 1};
   hsize_t index = 0;
-  check(H5Literate(group, H5_INDEX_NAME, H5_ITER_INC, &index, collect, &links), what(prefix));
-  for (const auto& [name, type] : links.found) {
+  check(H5Literate(group, H5_INDEX_NAME, H5_ITER_INC, &index, collect, &here), what(prefix));
+  if (here.found.size() > links) refuse(prefix, "holds more than the manifest says");
+  links -= here.found.size();
+  for (const auto& [name, type] : here.found) {
     const std::string full = prefix + name;
     if (type != H5L_TYPE_HARD) refuse(full, "is a soft or external link");
     const Id object(H5Oopen(group, name.c_str(), H5P_DEFAULT), H5Oclose, what(full));
     const H5I_type_t kind = H5Iget_type(object);
     if (kind == H5I_GROUP) {
-      list(object, full + "/", depth + 1, limit, names);
+      list(object, full + "/", depth + 1, links, names);
     } else if (kind == H5I_DATASET) {
       names.insert(full);
     } else {
       refuse(full, "is neither a group nor a dataset");
     }
-    if (names.size() > limit) refuse(full, "is one dataset too many");
   }
 }
 
 void ShardReader::check_contents(const std::vector<std::string>& datasets) const {
-  constexpr size_t kMostAttributes = 4096;
+  size_t links = kMostAttributes + kDeepest * datasets.size();
   std::set<std::string> found;
-  impl_->list(impl_->file, "", 0, datasets.size() + kMostAttributes, found);
+  impl_->list(impl_->file, "", 0, links, found);
   const std::string attributes = fmt::format("{}/", kAttributeGroup);
   for (const std::string& name : datasets)
     if (!found.erase(name)) impl_->refuse(name, "is missing");
@@ -183,7 +187,8 @@ Attributes ShardReader::read_attributes() const {
   if (H5Lexists(impl_->file, kAttributeGroup, H5P_DEFAULT) <= 0) return attributes;
   const Id group(H5Gopen2(impl_->file, kAttributeGroup, H5P_DEFAULT), H5Gclose, impl_->what(kAttributeGroup));
   std::set<std::string> names;
-  impl_->list(group, "", 0, 4096, names);
+  size_t links = kMostAttributes;
+  impl_->list(group, "", 0, links, names);
   for (const std::string& name : names) {
     const std::string full = fmt::format("{}/{}", kAttributeGroup, name);
     const std::vector<hsize_t> dims = impl_->dims(impl_->open_dataset(full, H5T_STD_U8LE), full);

@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <atomic>
@@ -143,9 +144,7 @@ void Writer::Impl::write_shard(int index) {
       const auto row_bytes = static_cast<size_t>(t.entry.row_bytes());
       const std::byte* data = snapshot.data() + t.offset + static_cast<size_t>(piece.begin) * row_bytes;
       const size_t bytes = static_cast<size_t>(piece.end - piece.begin) * row_bytes;
-      Dataset dataset{t.entry.name, t.entry.dtype, t.entry.shape, t.entry.shape, piece.begin};
-      dataset.shape[0] = piece.end - piece.begin;
-      shard.write(dataset, data);
+      shard.write(dataset_of(t.entry, piece), data);
       piece.hash = hash_bytes({data, bytes});
     }
   shard.close();
@@ -189,7 +188,7 @@ void Writer::start(int64_t step, const Attributes& attributes, const std::vector
   impl_->manifest.step = step;
   impl_->prepare_directory();
   impl_->copy(tensors);
-  if (!std::filesystem::create_directory(impl_->temporary())) fail_errno(impl_->temporary(), "cannot create");
+  if (::mkdir(impl_->temporary().c_str(), 0777) != 0) fail_errno(impl_->temporary(), "cannot create");
   impl_->reason.clear();
   impl_->state = Impl::State::writing;
   impl_->thread = std::thread([impl = impl_.get()] { impl->run(); });
@@ -223,6 +222,7 @@ Path Writer::commit() {
     throw;
   }
   impl_->state = Impl::State::idle;
+  remember_verified(target);  // what was read back is what was renamed
   return target;
 }
 

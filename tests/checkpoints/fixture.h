@@ -28,8 +28,9 @@ struct Stored {
 
 class State {
  public:
-  State(int64_t step, const std::vector<std::tuple<std::string, DType, Shape>>& layout) : step_(step) {
-    std::mt19937_64 random(static_cast<uint64_t>(step) + 17);
+  State(int64_t step, const std::vector<std::tuple<std::string, DType, Shape>>& layout, int64_t variant = 0)
+      : step_(step) {
+    std::mt19937_64 random(static_cast<uint64_t>(step + 1000 * variant) + 17);
     for (const auto& [name, dtype, shape] : layout) {
       Stored s{name, dtype, shape,
                std::vector<std::byte>(static_cast<size_t>(shape.numel()) * size_of(dtype))};
@@ -74,12 +75,14 @@ class State {
 };
 
 // A few KiB: for tests that save or read it hundreds of times.
-inline State small_state(int64_t step) {
-  return State(step, {{"master/blocks.0.q.weight", DType::f32, {7, 13}},
-                      {"master/norm", DType::f32, {31}},
-                      {"m/blocks.0.q.weight", DType::f64, {3, 2, 5, 1}},
-                      {"state/optimizer", DType::i64, {3}},
-                      {"state/bytes", DType::u8, {5}}});
+inline State small_state(int64_t step, int64_t variant = 0) {
+  return State(step,
+               {{"master/blocks.0.q.weight", DType::f32, {7, 13}},
+                {"master/norm", DType::f32, {31}},
+                {"m/blocks.0.q.weight", DType::f64, {3, 2, 5, 1}},
+                {"state/optimizer", DType::i64, {3}},
+                {"state/bytes", DType::u8, {5}}},
+               variant);
 }
 
 // Saves and commits; returns the checkpoint.
