@@ -1,12 +1,12 @@
 #include "kernels/ops/linear.h"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <cmath>
 #include <limits>
 
 #include "kernels/core/parallel.h"
+#include "tests/support/instruction_sets.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -14,18 +14,6 @@ namespace {
 using kernels::DType;
 using kernels::Tensor;
 using support::TensorBuffer;
-
-// Runs fn with AVX2 alone, then with everything the machine has.
-template <typename Fn>
-void with_each_instruction_set(Fn&& fn) {
-  const auto all = hwy::SupportedTargets();
-  hwy::SetSupportedTargetsForTest(all & ~(HWY_AVX2 - 1));
-  hwy::GetChosenTarget().DeInit();
-  fn("AVX2");
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().DeInit();
-  fn("all");
-}
 
 struct RowsLayer {
   TensorBuffer matrix, bias, panels;
@@ -48,7 +36,7 @@ std::vector<char> rows_of(const RowsLayer& layer, const Tensor& x, DType y_type)
 
 TEST(LinearRows, ARowDoesNotDependOnItsNeighbours) {
   constexpr int64_t kOut = 330, kIn = 75;
-  with_each_instruction_set([&](const char* set) {
+  support::with_each_instruction_set([&](const char* set) {
     for (DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64})
       for (int threads : {1, 3}) {
         kernels::set_threads(threads);

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "kernels/core/parallel.h"
+#include "tests/support/instruction_sets.h"
 #include "tests/support/op_case.h"
 
 namespace {
@@ -124,22 +125,27 @@ void check_close(const OpCase& op, const std::string& name, const support::Tenso
     }
 }
 
+void check_against_fp64(const OpCase& op, DType compute) {
+  OpRun run(op, compute, compute), oracle(op, DType::f64, compute);
+  run.forward();
+  oracle.forward();
+  for (const auto& out : op.outputs)
+    check_close(op, out.name, run.buffer(out.name), oracle.buffer(out.name).values(), compute,
+                op.forward_roundings);
+  if (!op.backward) return;
+  run.backward();
+  oracle.backward();
+  for (const auto& in : op.inputs)
+    if (in.gradient != Gradient::none)
+      check_close(op, "d" + in.name, run.buffer("d" + in.name), oracle.buffer("d" + in.name).values(),
+                  compute, op.backward_roundings);
+}
+
 TEST_P(OpCases, SmallTypesAgreeWithFp64) {
-  for (DType compute : op().types) {
-    OpRun run(op(), compute, compute), oracle(op(), DType::f64, compute);
-    run.forward();
-    oracle.forward();
-    for (const auto& out : op().outputs)
-      check_close(op(), out.name, run.buffer(out.name), oracle.buffer(out.name).values(), compute,
-                  op().forward_roundings);
-    if (!op().backward) continue;
-    run.backward();
-    oracle.backward();
-    for (const auto& in : op().inputs)
-      if (in.gradient != Gradient::none)
-        check_close(op(), "d" + in.name, run.buffer("d" + in.name), oracle.buffer("d" + in.name).values(),
-                    compute, op().backward_roundings);
-  }
+  support::with_each_instruction_set([&](const char* instructions) {
+    SCOPED_TRACE(instructions);
+    for (DType compute : op().types) check_against_fp64(op(), compute);
+  });
 }
 
 std::vector<std::vector<char>> result_bytes(const OpCase& op, DType compute, int threads) {

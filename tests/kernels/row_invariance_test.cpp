@@ -12,6 +12,7 @@
 #include "kernels/ops/norm.h"
 #include "kernels/ops/rotary.h"
 #include "kernels/ops/sampling.h"
+#include "tests/support/instruction_sets.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -39,19 +40,21 @@ std::vector<std::vector<char>> row_bytes(const Tensor& t) {
 }
 
 void expect_row_invariant(const RowsFn& run) {
-  kernels::set_threads(1);
-  const auto all = row_bytes(run(0, kRows));
-  for (int threads : {1, 3}) {
-    kernels::set_threads(threads);
-    for (int64_t n = 1; n <= kRows; ++n)
-      for (int64_t begin : {int64_t{0}, kRows - n, (kRows - n) / 3}) {
-        const auto rows = row_bytes(run(begin, n));
-        for (int64_t i = 0; i < n; ++i)
-          ASSERT_TRUE(rows[i] == all[begin + i])
-              << "row " << begin + i << " among " << n << " rows, " << threads << " threads";
-      }
-  }
-  kernels::set_threads(0);
+  support::with_each_instruction_set([&](const char* instructions) {
+    kernels::set_threads(1);
+    const auto all = row_bytes(run(0, kRows));
+    for (int threads : {1, 3}) {
+      kernels::set_threads(threads);
+      for (int64_t n = 1; n <= kRows; ++n)
+        for (int64_t begin : {int64_t{0}, kRows - n, (kRows - n) / 3}) {
+          const auto rows = row_bytes(run(begin, n));
+          for (int64_t i = 0; i < n; ++i)
+            ASSERT_TRUE(rows[i] == all[begin + i]) << "row " << begin + i << " among " << n << " rows, "
+                                                   << threads << " threads, " << instructions;
+        }
+    }
+    kernels::set_threads(0);
+  });
 }
 
 TensorBuffer normal_buffer(DType dtype, kernels::Shape shape, uint64_t seed) {
