@@ -1,0 +1,183 @@
+#include "trainer/model/load.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "checkpoints/checkpoint.h"
+#include "kernels/core/error.h"
+#include "trainer/optim/settings.h"
+
+namespace trainer {
+
+namespace {
+
+using kernels::CheckpointError;
+using kernels::ConfigError;
+
+constexpr std::string_view kMaster = "master/";
+
+const std::string& text(const checkpoints::Reader& reader, const std::filesystem::path& checkpoint,
+                        const std::string& key) {
+  const auto it = reader.attributes().text.find(key);
+  if (it == reader.attributes().text.end())
+    throw CheckpointError(fmt::format("{} has no attribute '{}': it was not written by foretell train",
+                                      checkpoint.string(), key));
+  return it->second;
+}
+
+int64_t vocabulary_of(const checkpoints::Reader& reader, const std::filesystem::path& checkpoint) {
+  const auto it = reader.attributes().integers.find("vocabulary");
+  if (it == reader.attributes().integers.end() || it->second < 1)
+    throw CheckpointError(fmt::format("{} does not say how large its vocabulary is", checkpoint.string()));
+  return it->second;
+}
+
+// The keys that decide what a trunk computes, with their values.
+std::map<std::string, std::string> architecture(configs::Config config) {
+  std::map<std::string, std::string> values;
+  const auto collect = [&](const std::string& section, auto& options) {
+    options.options([&](const auto& value, const char* key, const auto&...) {
+      values[section + "." + key] = fmt::format("{}", value);
+    });
+  };
+  collect("model", config.model);
+  collect("attention", config.attention);
+  const std::vector<std::string> kinds = configs::attention_per_layer(config.model);
+  values["model.attention"] = fmt::format("{}", fmt::join(kinds, ","));
+  if (config.model.position != "learned") values.erase("model.context");
+  if (std::find(kinds.begin(), kinds.end(), "linear") == kinds.end()) {
+    values.erase("attention.linear_normaliser");
+    values.erase("attention.linear_eps");
+  }
+  return values;
+}
+
+void check_architecture(const std::filesystem::path& checkpoint, const configs::Config& theirs,
+                        const configs::Config& ours) {
+  const auto there = architecture(theirs), here = architecture(ours);
+  for (const auto& [key, value] : there) {
+    const auto it = here.find(key);
+    if (it == here.end() || it->second != value)
+      throw CheckpointError(
+          fmt::format("{} was trained with {} = {}, this configuration has {}: set it to {}",
+                      checkpoint.string(), key, value, it == here.end() ? "none" : it->second, value));
+  }
+}
+
+// "medusa.0." or "mtp.1." of a head's parameter; empty for the trunk's.
+std::string head_of(const std::string& name) {
+  if (!name.starts_with("medusa.") && !name.starts_with("mtp.")) return {};
+  return name.substr(0, name.find('.', name.find('.') + 1) + 1);
+}
+
+// Names of the parameters that a checkpoint holds, without their group.
+std::set<std::string> parameter_names(const checkpoints::Reader& reader) {
+  std::set<std::string> names;
+  for (const std::string& name : reader.names())
+    if (name.starts_with(kMaster)) names.insert(name.substr(kMaster.size()));
+  return names;
+}
+
+bool holds_part_of(const std::set<std::string>& names, const std::string& head) {
+  const auto it = names.lower_bound(head);
+  return it != names.end() && it->starts_with(head);
+}
+
+void take(const checkpoints::Reader& reader, const std::filesystem::path& checkpoint, const std::string& name,
+          ParameterStore& store, int id) {
+  const Parameter& p = store.parameters()[static_cast<size_t>(id)];
+  const std::string stored = std::string(kMaster) + name;
+  if (reader.shape(stored) != p.shape || reader.dtype(stored) != DType::f32)
+    throw CheckpointError(fmt::format("{}: tensor '{}' is {} {}, expected fp32 {}", checkpoint.string(), name,
+                                      name_of(reader.dtype(stored)), to_string(reader.shape(stored)),
+                                      to_string(p.shape)));
+  std::vector<float> values(static_cast<size_t>(p.shape.numel()));
+  const Tensor host(values.data(), DType::f32, p.shape);
+  reader.read(stored, host);
+  store.assign(id, host);
+}
+
+void refuse_unknown(const std::filesystem::path& checkpoint, const std::set<std::string>& names,
+                    const ParameterStore& store) {
+  for (const std::string& name : names)
+    if (store.find(name) < 0)
+      throw CheckpointError(fmt::format(
+          "{} holds tensor '{}', which this model has no place for: give [heads] of the configuration the "
+          "checkpoint's values",
+          checkpoint.string(), name));
+}
+
+// Every parameter from the checkpoint; names of whole heads' parameters that it lacks are returned when
+// `fresh_heads`.
+std::vector<std::string> take_all(const checkpoints::Reader& reader, const std::filesystem::path& checkpoint,
+                                  ParameterStore& store, bool fresh_heads) {
+  const std::set<std::string> names = parameter_names(reader);
+  refuse_unknown(checkpoint, names, store);
+  std::vector<std::string> fresh;
+  for (size_t i = 0; i < store.parameters().size(); ++i) {
+    const Parameter& p = store.parameters()[i];
+    if (names.contains(p.name)) {
+      take(reader, checkpoint, p.name, store, static_cast<int>(i));
+      continue;
+    }
+    const std::string head = head_of(p.name);
+    if (!fresh_heads || head.empty() || holds_part_of(names, head))
+      throw CheckpointError(fmt::format("{} lacks tensor '{}'", checkpoint.string(), p.name));
+    // A fresh copy is one of the values just loaded, not of the model's first ones.
+    if (p.init.kind == Init::Kind::copy)
+      take(reader, checkpoint, store.parameters()[static_cast<size_t>(p.init.source)].name, store,
+           static_cast<int>(i));
+    fresh.push_back(p.name);
+  }
+  return fresh;
+}
+
+}  // namespace
+
+LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
+                       const std::vector<std::string>& overrides) {
+  for (const std::string& entry : overrides) {
+    const std::string section = entry.substr(0, entry.find('.'));
+    if (section != "decode" && section != "data" && section != "train" && section != "log")
+      throw ConfigError(fmt::format(
+          "--set {}: a trained checkpoint keeps its [{}]; only decode, data, train and log can be set here",
+          entry, section));
+  }
+  LoadedModel loaded;
+  loaded.checkpoint = checkpoints::resolve(run_or_checkpoint);
+  const checkpoints::Reader reader(loaded.checkpoint);
+  loaded.step = reader.step();
+  loaded.config = configs::parse_config(text(reader, loaded.checkpoint, "config"),
+                                        loaded.checkpoint.string() + ": config", overrides);
+  loaded.tokenizer = data::deserialize_tokenizer(text(reader, loaded.checkpoint, "tokenizer"));
+  const int64_t vocabulary = vocabulary_of(reader, loaded.checkpoint);
+  if (loaded.tokenizer->vocabulary() != vocabulary)
+    throw CheckpointError(fmt::format("{}: its tokenizer has {} tokens and its model {}",
+                                      loaded.checkpoint.string(), loaded.tokenizer->vocabulary(),
+                                      vocabulary));
+  loaded.model = std::make_unique<Model>(loaded.config, vocabulary);
+  loaded.model->parameters().allocate(ctx.device, compute_dtype(loaded.config), false);
+  take_all(reader, loaded.checkpoint, loaded.model->parameters(), false);
+  loaded.model->prepare_decoding(ctx);
+  return loaded;
+}
+
+std::vector<std::string> load_weights(const Context&, const std::filesystem::path& run_or_checkpoint,
+                                      Model& model) {
+  const std::filesystem::path checkpoint = checkpoints::resolve(run_or_checkpoint);
+  const checkpoints::Reader reader(checkpoint);
+  const configs::Config theirs =
+      configs::parse_config(text(reader, checkpoint, "config"), checkpoint.string() + ": config");
+  check_architecture(checkpoint, theirs, model.config());
+  const int64_t vocabulary = vocabulary_of(reader, checkpoint);
+  if (vocabulary != model.vocabulary())
+    throw CheckpointError(fmt::format(
+        "{} has a vocabulary of {} tokens and the data {}: prepare the data with the checkpoint's tokenizer",
+        checkpoint.string(), vocabulary, model.vocabulary()));
+  return take_all(reader, checkpoint, model.parameters(), true);
+}
+
+}  // namespace trainer
