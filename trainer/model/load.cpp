@@ -3,8 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <map>
 #include <set>
+#include <utility>
+#include <vector>
 
 #include "checkpoints/checkpoint.h"
 #include "kernels/core/error.h"
@@ -35,36 +36,34 @@ int64_t vocabulary_of(const checkpoints::Reader& reader, const std::filesystem::
   return it->second;
 }
 
-// The keys that decide what a trunk computes, with their values.
-std::map<std::string, std::string> architecture(configs::Config config) {
-  std::map<std::string, std::string> values;
+using Keys = std::vector<std::pair<std::string, std::string>>;
+
+// The keys that decide what a trunk computes, with their values; [model] first.
+Keys architecture(configs::Config config) {
+  const std::vector<std::string> kinds = configs::attention_per_layer(config.model);
+  const bool linear = std::find(kinds.begin(), kinds.end(), "linear") != kinds.end();
+  config.model.attention = fmt::format("{}", fmt::join(kinds, ","));
+  if (config.model.position != "learned") config.model.context = 0;
+  if (!linear) config.attention = {};
+  Keys keys;
   const auto collect = [&](const std::string& section, auto& options) {
     options.options([&](const auto& value, const char* key, const auto&...) {
-      values[section + "." + key] = fmt::format("{}", value);
+      keys.emplace_back(section + "." + key, fmt::format("{}", value));
     });
   };
   collect("model", config.model);
   collect("attention", config.attention);
-  const std::vector<std::string> kinds = configs::attention_per_layer(config.model);
-  values["model.attention"] = fmt::format("{}", fmt::join(kinds, ","));
-  if (config.model.position != "learned") values.erase("model.context");
-  if (std::find(kinds.begin(), kinds.end(), "linear") == kinds.end()) {
-    values.erase("attention.linear_normaliser");
-    values.erase("attention.linear_eps");
-  }
-  return values;
+  return keys;
 }
 
 void check_architecture(const std::filesystem::path& checkpoint, const configs::Config& theirs,
                         const configs::Config& ours) {
-  const auto there = architecture(theirs), here = architecture(ours);
-  for (const auto& [key, value] : there) {
-    const auto it = here.find(key);
-    if (it == here.end() || it->second != value)
+  const Keys there = architecture(theirs), here = architecture(ours);
+  for (size_t i = 0; i < there.size(); ++i)
+    if (there[i] != here[i])
       throw CheckpointError(
           fmt::format("{} was trained with {} = {}, this configuration has {}: set it to {}",
-                      checkpoint.string(), key, value, it == here.end() ? "none" : it->second, value));
-  }
+                      checkpoint.string(), there[i].first, there[i].second, here[i].second, there[i].second));
 }
 
 // "medusa.0." or "mtp.1." of a head's parameter; empty for the trunk's.
