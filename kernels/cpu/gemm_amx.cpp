@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "kernels/core/parallel.h"
-#include "kernels/cpu/convert.h"
 #include "kernels/cpu/staging.h"
 
 #pragma GCC push_options
@@ -190,21 +189,42 @@ void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, float* 
   _tile_stored(3, sum + kTile * kBlock + kTile, kStride);
 }
 
+__m512 load_lanes(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+template <typename T>
+__m512 load_lanes(const T* p, __mmask16 mask) {
+  return widen<T>(_mm256_maskz_loadu_epi16(mask, p));
+}
+void store_lanes(float* p, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(p, mask, x); }
+void store_lanes(f16* p, __mmask16 mask, __m512 x) {
+  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+void store_lanes(bf16* p, __mmask16 mask, __m512 x) {
+  const __m512i u = _mm512_castps_si512(x), upper = _mm512_srli_epi32(u, 16);
+  const __m512i tie =
+      _mm512_add_epi32(_mm512_and_epi32(upper, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(u, tie), 16);
+  const __m512i quiet = _mm512_or_epi32(upper, _mm512_set1_epi32(0x40));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  _mm512_mask_cvtepi32_storeu_epi16(p, mask, _mm512_mask_blend_epi32(nan, nearest, quiet));
+}
+
 // c[m0.., n0..] = sum + bias, or += sum; only what lies inside c.
 template <typename T, typename C>
 void store_block(const float* sum, const Tensor& bias, bool accumulate, const Tensor& c, int64_t m0,
                  int64_t n0) {
   const int64_t rows = std::min<int64_t>(kBlock, c.rows() - m0),
                 cols = std::min<int64_t>(kBlock, c.cols() - n0);
-  float line[kBlock], addend[kBlock] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    C* out = static_cast<C*>(c.data) + (m0 + i) * c.row_stride + n0;
-    if (accumulate)
-      load_row(out, addend, cols);
-    else if (bias)
-      load_row(static_cast<const T*>(bias.data) + n0, addend, cols);
-    for (int64_t j = 0; j < cols; ++j) line[j] = addend[j] + sum[i * kBlock + j];
-    store_row(line, out, cols);
+  const uint32_t lanes = cols == kBlock ? ~0u : (1u << cols) - 1;
+  for (int half = 0; half < 2; ++half) {
+    const __mmask16 mask = static_cast<__mmask16>(lanes >> (half * kTile));
+    C* out = static_cast<C*>(c.data) + m0 * c.row_stride + n0 + half * kTile;
+    const float* line = sum + half * kTile;
+    __m512 addend = _mm512_setzero_ps();
+    if (bias && !accumulate) addend = load_lanes(static_cast<const T*>(bias.data) + n0 + half * kTile, mask);
+    for (int64_t i = 0; i < rows; ++i, out += c.row_stride, line += kBlock) {
+      if (accumulate) addend = load_lanes(out, mask);
+      store_lanes(out, mask, _mm512_add_ps(addend, _mm512_load_ps(line)));
+    }
   }
 }
 
