@@ -1,0 +1,170 @@
+#include "trainer/decode/drafters/mtp.h"
+
+#include <algorithm>
+
+#include "kernels/ops/sampling.h"
+
+namespace trainer {
+
+using kernels::kFold;
+using kernels::kMaxDecodeRows;
+
+MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterParams& params)
+    : model_(model),
+      modules_(model.config().heads.mtp),
+      max_drafts_(params.max_drafts),
+      drafts_(params.max_drafts),
+      memory_("drafter", ctx.device),
+      rows_(ctx.device, 1) {
+  const DType compute = model.parameters().compute();
+  const int64_t width = model.width(), waiting = 2 * kMaxDecodeRows;
+  sequences_.resize(params.batch);
+  for (Sequence& sequence : sequences_)
+    for (int64_t k = 0; k < modules_; ++k)
+      sequence.depths.push_back({model.make_mtp_state(ctx, 1, params.capacity), {}, 0, 0});
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass == 1) memory_.place();
+    for (Sequence& sequence : sequences_) {
+      for (Depth& depth : sequence.depths)
+        depth.inputs = memory_.allocate("mtp inputs", compute, {waiting, width});
+      sequence.output = memory_.allocate("mtp output", compute, {1, width});
+    }
+    hidden_ = memory_.allocate("mtp hidden", compute, {kMaxDecodeRows, width});
+    logits_ = memory_.allocate("mtp logits", DType::f32, {1, model.vocabulary()});
+    q_ = memory_.allocate("mtp probabilities", DType::f32, {params.batch * max_drafts_, model.vocabulary()});
+    argmax_ = memory_.allocate("mtp argmax", DType::i32, {1});
+  }
+  q_mirror_.resize(params.batch * max_drafts_);
+  text_.reserve(params.capacity + max_drafts_);
+}
+
+void MtpDrafter::reset(const Context& ctx) {
+  for (Sequence& sequence : sequences_)
+    for (Depth& depth : sequence.depths) {
+      depth.state.reset(ctx);
+      depth.committed = depth.count = 0;
+    }
+}
+
+void MtpDrafter::append(const Context& ctx, Depth& depth, int64_t at, const Tensor& hidden) {
+  const Tensor to = depth.inputs.slice(at, hidden.rows());
+  kernels::copy_bytes(to.data, ctx.device, hidden.data, ctx.device, to.bytes());
+}
+
+Tensor MtpDrafter::run(const Context& ctx, int64_t k, DecodeState& state, int64_t length,
+                       std::span<const int32_t> tokens, const Tensor& inputs) {
+  rows_.clear();
+  rows_.add_chain(length, tokens);
+  const Tensor out = hidden_.slice(0, rows_.size());
+  model_.decode_mtp(ctx, k, rows_.tokens(), inputs, rows_.rows(), state, out);
+  return out;
+}
+
+void MtpDrafter::observe(const Context& ctx, int64_t b, const SequenceView& view, const Tensor& hidden,
+                         std::span<const int32_t> rows, int64_t) {
+  Sequence& sequence = sequences_[b];
+  Depth& first = sequence.depths[0];
+  for (const int32_t row : rows) append(ctx, first, first.count++, hidden.slice(row, 1));
+  catch_up(ctx, sequence, view.tokens);
+}
+
+// Runs every row whose token is accepted through every depth. What is left at depth k are the inputs of the
+// rows that wait for a token, at most k - 1 of them.
+void MtpDrafter::catch_up(const Context& ctx, Sequence& sequence, std::span<const int32_t> tokens) {
+  for (int64_t k = 1; k <= modules_; ++k) {
+    Depth& depth = sequence.depths[k - 1];
+    int64_t done = 0;
+    while (true) {
+      const int64_t known = static_cast<int64_t>(tokens.size()) - k - depth.committed;
+      const int64_t n = std::min({depth.count - done, known, rows_before_fold(depth.committed)});
+      if (n <= 0) break;
+      const Tensor out = run(ctx, k, depth.state, depth.committed, tokens.subspan(depth.committed + k, n),
+                             depth.inputs.slice(done, n));
+      rows_.accept_first(0, n);
+      depth.state.commit(ctx, rows_.path());
+      depth.committed += n;
+      done += n;
+      if (k < modules_) {
+        Depth& next = sequence.depths[k];
+        append(ctx, next, next.count, out);
+        next.count += n;
+      }
+      if (k == 1)
+        kernels::copy_bytes(sequence.output.data, ctx.device, out.slice(n - 1, 1).data, ctx.device,
+                            sequence.output.bytes());
+    }
+    for (int64_t i = 0; done > 0 && i < depth.count - done; ++i)
+      append(ctx, depth, i, depth.inputs.slice(done + i, 1));
+    depth.count -= done;
+  }
+}
+
+// Depth k over the rows that rest on drafts, without committing them. False when they would cross a fold.
+bool MtpDrafter::advance_drafted(const Context& ctx, Sequence& sequence, int64_t k, int64_t root) {
+  Depth& depth = sequence.depths[k - 1];
+  const int64_t n = root - depth.committed;
+  if ((root - 1) / kFold != depth.committed / kFold) return false;
+  const Tensor out = run(ctx, k, depth.state, depth.committed,
+                         std::span(text_).subspan(depth.committed + k, n), depth.inputs.slice(0, n));
+  if (k < modules_) append(ctx, sequence.depths[k], sequence.depths[k].count, out);
+  kernels::copy_bytes(sequence.output.data, ctx.device, out.slice(n - 1, 1).data, ctx.device,
+                      sequence.output.bytes());
+  return true;
+}
+
+// The last module on its own output. The row before is kept in the state without a fold, so the next catch_up
+// writes over it.
+bool MtpDrafter::advance_beyond(const Context& ctx, Sequence& sequence, int64_t root, int64_t draft) {
+  Depth& depth = sequence.depths.back();
+  const int64_t position = root + draft - modules_ - 1;
+  if (position / kFold != depth.committed / kFold) return false;
+  if (position > depth.committed) {
+    rows_.accept_first(0, rows_.size());
+    depth.state.commit(ctx, rows_.path());
+  }
+  const Tensor out = run(ctx, modules_, depth.state, position,
+                         std::span(text_).subspan(position + modules_, 1), sequence.output);
+  kernels::copy_bytes(sequence.output.data, ctx.device, out.data, ctx.device, sequence.output.bytes());
+  return true;
+}
+
+int32_t MtpDrafter::draft_token(const Context& ctx, const Sequence& sequence, const SequenceView& view,
+                                const DraftSettings& settings, int64_t b, int64_t draft, const float*& q) {
+  model_.logits(ctx, sequence.output, logits_);
+  if (!settings.sample) {
+    kernels::argmax(ctx, logits_, argmax_);
+    return *on_host(argmax_, argmax_mirror_);
+  }
+  const int64_t row = b * max_drafts_ + draft - 1;
+  const Tensor p = q_.slice(row, 1);
+  kernels::probabilities(ctx, logits_, static_cast<float>(settings.temperature), p);
+  q = on_host(p, q_mirror_[row]);
+  return draw_index(q, model_.vocabulary(), view.key.draft(view.root_position() + draft, 0));
+}
+
+void MtpDrafter::propose_one(const Context& ctx, int64_t b, const SequenceView& view,
+                             const DraftSettings& settings, DraftTree& tree) {
+  Sequence& sequence = sequences_[b];
+  const int64_t root = view.root_position(), count = std::min({drafts_, view.max_depth, view.max_drafts});
+  if (count <= 0) return;
+  text_.assign(view.tokens.begin(), view.tokens.end());
+  for (int64_t draft = 1; draft <= count; ++draft) {
+    if (draft > modules_) {
+      if (draft > 1 && !advance_beyond(ctx, sequence, root, draft)) return;
+    } else if (draft > 1 && !advance_drafted(ctx, sequence, draft, root)) {
+      return;
+    }
+    const float* q = nullptr;
+    const int32_t token = draft_token(ctx, sequence, view, settings, b, draft, q);
+    tree.add(static_cast<int>(draft) - 1, token, q);
+    text_.push_back(token);
+  }
+}
+
+void MtpDrafter::propose(const Context& ctx, std::span<const SequenceView> sequences,
+                         const DraftSettings& settings, std::span<DraftTree> trees) {
+  for (size_t b = 0; b < sequences.size(); ++b)
+    if (sequences[b].active) propose_one(ctx, static_cast<int64_t>(b), sequences[b], settings, trees[b]);
+}
+
+}  // namespace trainer

@@ -1,0 +1,73 @@
+#pragma once
+// Acceptance rules: from a draft tree and the target's predictions at its nodes to the accepted path and the
+// token that follows it.
+//
+//   greedy     the path equal to the target's argmax; the next token is the argmax at its end
+//   rejection  (Leviathan et al. 2023, Chen et al. 2023; siblings: Chen et al. 2024, Sequoia) for each
+//   sibling x in
+//              order: accept with min(1, p(x) / q(x)), otherwise p <- norm(max(p - q, 0)) and q <- q without
+//              x, renormalised. No sibling left: the next token is drawn from p. A deterministic draft has q
+//              = delta(x). The tokens are distributed exactly as by plain sampling.
+//   typical    (Cai et al. 2024) a draft is accepted if p(x) > min(epsilon, delta exp(-H(p))); the longest
+//   accepted
+//              path, ties by likelihood; the next token is the argmax. Not lossless.
+//
+// Random numbers are keyed by (seed, position of the token decided), never by the order of calls: a position
+// is decided once, whichever step decides it.
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "trainer/decode/tree.h"
+
+namespace trainer {
+
+enum class Acceptance { greedy, rejection, typical };
+// ConfigError for another word.
+Acceptance parse_acceptance(const std::string& name);
+std::string to_string(Acceptance acceptance);
+
+// The random numbers of one sequence.
+struct SamplingKey {
+  uint64_t seed = 1;
+  uint64_t sequence = 0;
+  float next(int64_t position) const { return draw(position, 0); }  // the token itself
+  float accept(int64_t position, int sibling) const { return draw(position, 1 + sibling); }
+  float draft(int64_t position, int rank) const { return draw(position, 1024 + rank); }  // drawing a draft
+
+ private:
+  float draw(int64_t position, uint32_t lane) const;
+};
+
+// Draws an index in proportion to `weights` (not negative, any sum > 0) by inversion; u in [0, 1).
+int32_t draw_index(const float* weights, int64_t count, float u);
+
+struct AcceptedPath {
+  std::vector<int32_t> nodes;  // ascending, the root first
+  int32_t next = 0;            // the token after the path
+};
+
+class Verifier {
+ public:
+  explicit Verifier(int64_t vocabulary);
+
+  // argmax (nodes): the target's choice after each node.
+  void greedy(const DraftTree& tree, const int32_t* argmax, AcceptedPath& accepted) const;
+  // p (nodes, V): the target's distribution after each node. `position` is that of the root.
+  void rejection(const DraftTree& tree, const float* p, const SamplingKey& key, int64_t position,
+                 AcceptedPath& accepted);
+  // logits (nodes, V) are those p was made of, at `temperature`.
+  void typical(const DraftTree& tree, const float* logits, const float* p, double temperature, double epsilon,
+               double delta, AcceptedPath& accepted);
+
+ private:
+  int accept_child(const DraftTree& tree, int node, const float*& p, const SamplingKey& key,
+                   int64_t position);
+  bool reject(const float*& p, const float* q, int32_t token);
+
+  int64_t vocabulary_;
+  std::vector<float> p_, q_;  // what is left after rejections
+  std::vector<double> score_;
+};
+
+}  // namespace trainer
