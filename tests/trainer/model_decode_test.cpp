@@ -158,6 +158,20 @@ std::vector<TensorBuffer> prefill(Decoder& decoder, const std::vector<int32_t>& 
   return parts;
 }
 
+// Logits of hidden rows; of a Medusa head when medusa_head >= 0.
+TensorBuffer logits_of(TinyModel& tiny, const Tensor& hidden, int64_t medusa_head = -1) {
+  TensorBuffer logits(kernels::main_dtype(hidden.dtype), {hidden.rows(), TinyModel::kVocabulary});
+  TensorBuffer out(hidden.dtype, hidden.shape);
+  kernels::Arena scratch("scratch", {});
+  for (const bool rehearsal : {true, false}) {
+    if (!rehearsal) scratch.place();
+    const kernels::Context ctx{{}, {}, &scratch, rehearsal};
+    if (medusa_head >= 0) tiny.model().medusa_hidden(ctx, medusa_head, hidden, out);
+    tiny.model().logits(ctx, medusa_head >= 0 ? out.tensor() : hidden, logits, medusa_head);
+  }
+  return logits;
+}
+
 // Token losses of head rows, from logits; `offset` as in HeadLoss.
 std::vector<double> token_losses(TinyModel& tiny, const std::vector<TensorBuffer>& parts,
                                  const std::vector<int32_t>& tokens, size_t offset,
@@ -165,16 +179,7 @@ std::vector<double> token_losses(TinyModel& tiny, const std::vector<TensorBuffer
   std::vector<double> losses;
   for (const TensorBuffer& hidden : parts) {
     const int64_t n = hidden.tensor().rows();
-    TensorBuffer logits(kernels::main_dtype(hidden.tensor().dtype), {n, TinyModel::kVocabulary});
-    kernels::Arena scratch("scratch", {});
-    for (const bool rehearsal : {true, false}) {
-      if (!rehearsal) scratch.place();
-      const kernels::Context ctx{{}, {}, &scratch, rehearsal};
-      TensorBuffer out(hidden.tensor().dtype, hidden.tensor().shape);
-      if (medusa_head >= 0) tiny.model().medusa_hidden(ctx, medusa_head, hidden, out);
-      tiny.model().logits(ctx, medusa_head >= 0 ? out : hidden, logits, medusa_head);
-    }
-    const std::vector<double> values = logits.values();
+    const std::vector<double> values = logits_of(tiny, hidden, medusa_head).values();
     for (int64_t i = 0; i < n && losses.size() + offset + 1 < tokens.size(); ++i) {
       const double* x = values.data() + i * TinyModel::kVocabulary;
       double sum = 0;
@@ -305,6 +310,22 @@ TEST_P(ModelDecode, SpeculationEqualsPlainDecodingBitwise) {
         EXPECT_EQ(row(hidden, path[i]), expected[at + i]) << name_of(compute) << " token " << at + i;
       path.resize(random[2] % (path.size() + 1));  // 0: the whole step is rolled back
       decoder.commit({path});
+    }
+  }
+}
+
+TEST_P(ModelDecode, RowsOfHeadsStandAlone) {
+  for (const DType compute : {DType::f16, DType::f32}) {
+    TinyModel tiny = make(compute);
+    const auto tokens = support::random_tokens(11, TinyModel::kVocabulary, 8);
+    Decoder trunk(tiny, 1), together(tiny, 1, 1), alone(tiny, 1, 1);
+    const TensorBuffer hidden = trunk.append(tokens), depth = together.append(tokens, hidden);
+    const TensorBuffer logits[] = {logits_of(tiny, hidden), logits_of(tiny, hidden, 1)};
+    for (int64_t i = 0; i < 11; ++i) {
+      const Tensor one = hidden.tensor().slice(i, 1);
+      EXPECT_EQ(row(logits_of(tiny, one), 0), row(logits[0], i));
+      EXPECT_EQ(row(logits_of(tiny, one, 1), 0), row(logits[1], i));
+      EXPECT_EQ(row(alone.append({tokens[static_cast<size_t>(i)]}, one), 0), row(depth, i));
     }
   }
 }
