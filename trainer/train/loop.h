@@ -15,6 +15,7 @@ namespace trainer {
 enum class StopReason { finished, asked_to_stop };
 
 struct TrainOptions {
+  bool progress_bar = false;    // a line redrawn in place, for terminals; plain lines otherwise
   std::string resume = "none";  // none | auto | a checkpoint's path
   // Set (by a signal handler) when the job should save and stop.
   std::function<bool()> stop_requested = [] { return false; };

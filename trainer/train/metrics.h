@@ -15,7 +15,7 @@ class MetricsLog {
   // Opens RUN/metrics.jsonl. Lines of step `from_step` and later, left by a run that was cut short, are
   // dropped.
   MetricsLog(const std::filesystem::path& run, int64_t from_step, int64_t total_steps, int64_t print_every,
-             std::vector<std::string> loss_names);
+             std::vector<std::string> loss_names, bool progress_bar);
   ~MetricsLog();
   MetricsLog(const MetricsLog&) = delete;
   MetricsLog& operator=(const MetricsLog&) = delete;
@@ -32,7 +32,7 @@ class MetricsLog {
   std::FILE* file_ = nullptr;
   int64_t from_step_, total_steps_, print_every_;
   std::vector<std::string> loss_names_;
-  bool terminal_;
+  bool bar_;
   std::chrono::steady_clock::time_point start_, last_, last_print_;
   double tokens_since_print_ = 0;
 };
