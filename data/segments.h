@@ -1,8 +1,9 @@
 #pragma once
-// How text is cut before SentencePiece sees it, in training and in encoding alike: a segment is a run of
-// white space with the word after it, and no piece crosses segments. Characters that SentencePiece keeps for
-// itself, NUL and bytes that are not UTF-8 stand apart and become byte tokens.
-#include <array>
+// How text is cut before SentencePiece sees it, in training and in encoding alike: a segment is a word
+// (letters, digits, underscores and all beyond ASCII) with whatever stands before it, and no piece crosses
+// segments. Of the cuts tried on C++ headers (before white space, before words, around punctuation, line by
+// line) this one gives the longest tokens but for whole lines, which train far slower. Characters that
+// SentencePiece keeps for itself, NUL and bytes that are not UTF-8 stand apart and become byte tokens.
 #include <string>
 #include <string_view>
 
@@ -26,7 +27,9 @@ inline bool reserved(std::string_view character) {
 // Calls fn(bytes, plain) on each segment in order; plain is false for bytes that stand apart.
 template <typename Fn>
 void for_each_segment(std::string_view text, Fn&& fn) {
-  const auto white = [](char c) { return c == ' ' || c == '\n' || c == '\t'; };
+  const auto in_word = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c < 0;
+  };
   size_t begin = 0;
   const auto flush = [&](size_t end) {
     if (end > begin) fn(text.substr(begin, end - begin), true);
@@ -39,7 +42,8 @@ void for_each_segment(std::string_view text, Fn&& fn) {
       flush(at);
       fn(text.substr(at, next - at), false);
       begin = next;
-    } else if (at > begin && ((white(text[at]) && !white(text[at - 1])) || next - begin > kLongestSegment)) {
+    } else if (at > begin &&
+               ((in_word(text[at - 1]) && !in_word(text[at])) || next - begin > kLongestSegment)) {
       flush(at);
     }
     at = next;

@@ -59,7 +59,7 @@ class SentencePiece final : public Tokenizer {
     if (!processor_.LoadFromSerializedProto({model.data(), model.size()}).ok())
       throw DataError("not a SentencePiece model");
     find_byte_pieces();
-    has_stand_ins_ = knows(kTabStandIn) || knows(kNewlineStandIn);
+    has_stand_ins_ = knows(kTabStandIn) && knows(kNewlineStandIn);
     for (int id = 0; id < processor_.GetPieceSize(); ++id) pieces_.push_back(text_of(id));
     end_of_text_ = processor_.eos_id();
     if (end_of_text_ < 0)
@@ -201,6 +201,10 @@ class CountedSegments final : public sentencepiece::SentenceIterator {
       }
       add(part, count);
     }
+    // Every model of ours has pieces for white space, whatever its text was: without them the stand-ins would
+    // come back as they are.
+    std::string white = " \t\n";
+    if (!lines_.empty()) add(white, 1);
   }
   bool done() const override { return at_ == lines_.size(); }
   void Next() override { ++at_; }
@@ -218,7 +222,7 @@ class CountedSegments final : public sentencepiece::SentenceIterator {
 };
 
 // Unique segments that training looks at; rarer ones change no merge at the vocabularies of interest.
-constexpr size_t kTrainingSegments = 300000;
+constexpr size_t kTrainingSegments = 200000;
 
 }  // namespace
 
