@@ -89,7 +89,7 @@ class Job {
     std::vector<std::string> names;
     for (const auto& loss : model_.losses()) names.push_back(loss.name);
     log_ = std::make_unique<MetricsLog>(config_.log.run, stepper.state().step, config_.train.steps,
-                                        config_.log.every, names);
+                                        config_.log.every, names, options_.progress_bar);
     log_->note(fmt::format("{:.2f}M parameters, {} training tokens, {} samples a step on {} rank{} ({})",
                            static_cast<double>(model_.parameters().elements()) / 1e6, dataset_.tokens(),
                            config_.train.batch, ranks_.size(), ranks_.size() == 1 ? "" : "s",

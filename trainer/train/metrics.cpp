@@ -1,7 +1,6 @@
 #include "trainer/train/metrics.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -38,12 +37,12 @@ std::string kept_lines(const std::filesystem::path& file, int64_t from_step) {
 }  // namespace
 
 MetricsLog::MetricsLog(const std::filesystem::path& run, int64_t from_step, int64_t total_steps,
-                       int64_t print_every, std::vector<std::string> loss_names)
+                       int64_t print_every, std::vector<std::string> loss_names, bool progress_bar)
     : from_step_(from_step),
       total_steps_(total_steps),
       print_every_(print_every),
       loss_names_(std::move(loss_names)),
-      terminal_(isatty(STDOUT_FILENO) != 0),
+      bar_(progress_bar),
       start_(Clock::now()),
       last_(start_),
       last_print_(start_) {
@@ -56,7 +55,7 @@ MetricsLog::MetricsLog(const std::filesystem::path& run, int64_t from_step, int6
 }
 
 MetricsLog::~MetricsLog() {
-  if (terminal_) std::fputs("\n", stdout);
+  if (bar_) std::fputs("\n", stdout);
   if (file_) std::fclose(file_);
 }
 
@@ -78,7 +77,7 @@ void MetricsLog::step(const StepMetrics& m, int64_t tokens_so_far) {
   if (m.skipped)
     note(fmt::format("step {}: overflow in {}, step skipped, loss scale {:g}", m.step,
                      m.nonfinite_tensor.empty() ? "the gradients" : m.nonfinite_tensor, m.loss_scale));
-  const bool due = terminal_ ? seconds(now - last_print_) > 0.2 : (m.step + 1) % print_every_ == 0;
+  const bool due = bar_ ? seconds(now - last_print_) > 0.2 : (m.step + 1) % print_every_ == 0;
   if (due || m.step == from_step_ || m.step + 1 == total_steps_) {
     print(m, tokens_since_print_ / seconds(now - last_print_));
     last_print_ = now;
@@ -93,7 +92,7 @@ void MetricsLog::print(const StepMetrics& m, double tokens_per_second) {
       "step {}/{}  loss {:.3f}  lr {:.2e}  grad norm {:.2f}  loss scale {:g}  {:.1f}k tokens/s  {} left",
       done, total_steps_, m.losses.front(), m.learning_rate, m.gradient_norm, m.loss_scale,
       tokens_per_second / 1e3, duration(static_cast<double>(total_steps_ - done) / rate));
-  if (!terminal_) {
+  if (!bar_) {
     fmt::print("{}\n", line);
     std::fflush(stdout);
     return;
@@ -112,7 +111,7 @@ void MetricsLog::validation(int64_t step, const std::vector<double>& losses) {
 }
 
 void MetricsLog::note(const std::string& text) {
-  fmt::print("{}{}\n", terminal_ ? "\r\033[K" : "", text);
+  fmt::print("{}{}\n", bar_ ? "\r\033[K" : "", text);
   std::fflush(stdout);
 }
 
