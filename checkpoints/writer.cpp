@@ -22,6 +22,7 @@ struct Snapshot {
   size_t offset = 0;
 };
 
+constexpr int64_t kWhole = 1 << 20;
 constexpr uint64_t kBytesPerDataset = 16 << 10;  // headers, groups, chunk index; generous
 
 void check_names(const Attributes& attributes, const std::vector<NamedTensor>& tensors) {
@@ -40,7 +41,8 @@ void check_names(const Attributes& attributes, const std::vector<NamedTensor>& t
   for (const NamedTensor& named : tensors) check(named.name, plain_name(named.name));
 }
 
-// Cuts the tensors, laid end to end, into `shards` files of about equal size, between rows.
+// Cuts the tensors, laid end to end, into `shards` files of about equal size, between rows. Only tensors
+// above kWhole are cut, so that a script finds the others in one piece.
 void assign_pieces(std::vector<Snapshot>& tensors, int shards) {
   int64_t total = 0, written = 0;
   for (const Snapshot& t : tensors) total += t.entry.row_bytes() * t.entry.shape[0];
@@ -50,8 +52,8 @@ void assign_pieces(std::vector<Snapshot>& tensors, int shards) {
     int64_t row = 0;
     do {
       const int file = static_cast<int>(std::min<int64_t>(written / share, shards - 1));
-      const int64_t room =
-          file == shards - 1 ? rows : (share * (file + 1) - written + row_bytes - 1) / row_bytes;
+      const bool last = file == shards - 1 || rows * row_bytes <= kWhole;
+      const int64_t room = last ? rows : (share * (file + 1) - written + row_bytes - 1) / row_bytes;
       const int64_t end = std::min(rows, row + room);
       t.entry.pieces.push_back({file, row, end, 0});
       written += (end - row) * t.entry.row_bytes();

@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <nlohmann/json.hpp>
+
 #include "tests/checkpoints/fixture.h"
 
 namespace checkpoint_test {
@@ -37,6 +39,36 @@ TEST_F(RoundTrip, OddShapesAnyNumberOfShards) {
     EXPECT_LT(largest, total / static_cast<unsigned>(shards) + (uintmax_t{6} << 20));
     EXPECT_EQ(read_all(directory / "latest"), "step_00000012\n");
   }
+}
+
+TEST_F(RoundTrip, OnlyLargeTensorsAreCut) {
+  std::vector<float> data(700001, 1.5f);
+  const Tensor small(data.data(), DType::f32, {1000, 100}), large(data.data(), DType::f32, {700001});
+  checkpoints::Writer writer(directory_, 3);
+  writer.start(1, {}, {{"a", small}, {"large", large}, {"z", small}});
+  std::string reason;
+  ASSERT_TRUE(writer.wait(reason)) << reason;
+  const auto manifest = nlohmann::json::parse(read_all(writer.commit() / "manifest.json"));
+  ASSERT_EQ(manifest["tensors"].size(), 3u);
+  EXPECT_EQ(manifest["tensors"][0]["pieces"].size(), 1u);
+  EXPECT_EQ(manifest["tensors"][1]["pieces"].size(), 3u);
+  EXPECT_EQ(manifest["tensors"][2]["pieces"].size(), 1u);
+}
+
+TEST_F(RoundTrip, TextOfEveryLength) {
+  checkpoints::Attributes attributes;
+  for (size_t length : {1, 100, 30000, 32767, 32768, 32769, 65536, 1500000})
+    attributes.text["text_" + std::to_string(length)] =
+        std::string(length, static_cast<char>('a' + length % 26));
+  for (int i = 0; i < 40; ++i) attributes.text["many_" + std::to_string(i)] = std::string(20000, 'm');
+  attributes.text["newline"] = "\n";
+  attributes.text["ends_in_zero"] = std::string("x\0", 2);
+  std::vector<float> data(4, 1.5f);
+  checkpoints::Writer writer(directory_, 1);
+  writer.start(1, attributes, {{"a", Tensor(data.data(), DType::f32, {4})}});
+  std::string reason;
+  ASSERT_TRUE(writer.wait(reason)) << reason;
+  EXPECT_EQ(checkpoints::Reader(writer.commit()).attributes().text, attributes.text);
 }
 
 TEST_F(RoundTrip, StridedRows) {
