@@ -318,6 +318,9 @@ TEST(Decoder, TypicalAcceptanceBetweenItsExtremes) {
 }
 
 TEST(Drafters, NamesAreKnownOrExplained) {
+  ASSERT_EQ(drafters().size(), configs::drafter_names().size());
+  for (size_t i = 0; i < drafters().size(); ++i)
+    EXPECT_EQ(configs::drafter_names()[i].name, std::string(drafters()[i].name));
   configs::Config config = decode_test::tiny_config({});
   EXPECT_STREQ(find_drafter("ngram", config).name, "ngram");
   EXPECT_THROW(find_drafter("eagle", config), kernels::ConfigError);

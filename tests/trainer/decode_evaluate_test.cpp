@@ -1,0 +1,223 @@
+// Evaluation of a tiny trained run: the report's fields, the page, the table, and generate.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "kernels/core/error.h"
+#include "kernels/core/parallel.h"
+#include "tests/support/tiny_run.h"
+#include "trainer/decode/charts.h"
+#include "trainer/decode/evaluate.h"
+#include "trainer/decode/perplexity.h"
+#include "trainer/decode/report.h"
+#include "trainer/decode/text_stream.h"
+#include "trainer/train/loop.h"
+
+namespace trainer {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+std::string read(const fs::path& file) {
+  std::ifstream in(file);
+  std::stringstream text;
+  text << in.rdbuf();
+  return text.str();
+}
+
+// One run for all tests: training it takes a second.
+class Evaluate : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    kernels::set_threads(1);
+    folder_ = new support::TemporaryFolder();
+    support::prepare_tiny_data(folder_->path());
+    configs::Config config = support::tiny_config(folder_->path());
+    config.train.steps = 40;
+    const auto ranks = comm::make_local_communicator();
+    trainer::train(config, *ranks, kernels::Context{}, {});
+  }
+  static void TearDownTestSuite() { delete folder_; }
+
+  static fs::path run() { return folder_->path() / "run"; }
+  static LoadedModel load() {
+    return load_model(kernels::Context{}, run(),
+                      {"decode.prompts=3", "decode.prompt_tokens=20", "decode.max_tokens=30",
+                       "decode.repeats=3", "decode.max_drafts=3", "decode.tree_nodes=5"});
+  }
+  static support::TemporaryFolder* folder_;
+};
+support::TemporaryFolder* Evaluate::folder_ = nullptr;
+
+void expect_result(const Json& r) {
+  for (const char* key : {"temperature", "batch", "tokens_per_second", "speedup", "mean_accepted_length",
+                          "time_to_first_token_ms", "distinct_4", "predicted_speedup", "drafts"})
+    EXPECT_TRUE(r.at(key).is_number()) << key;
+  EXPECT_TRUE(r.at("shape") == "chain" || r.at("shape") == "tree");
+  EXPECT_EQ(r.at("tokens_per_second_spread").size(), 2u);
+  EXPECT_LE(r.at("tokens_per_second_spread")[0], r.at("tokens_per_second"));
+  EXPECT_GE(r.at("tokens_per_second_spread")[1], r.at("tokens_per_second"));
+  EXPECT_GT(r.at("tokens_per_second"), 0);
+  EXPECT_GE(r.at("mean_accepted_length"), 1);
+  EXPECT_LE(r.at("mean_accepted_length"), 6);
+  for (const char* phase : {"draft", "verify", "sample", "commit"})
+    EXPECT_GE(r.at("time_ms").at(phase), 0) << phase;
+  for (const Json& share : r.at("acceptance_by_position")) {
+    EXPECT_GE(share, 0);
+    EXPECT_LE(share, 1);
+  }
+  if (r.at("acceptance") == "greedy")
+    EXPECT_EQ(r.at("identical_to_baseline"), true) << r.at("drafter");
+  else
+    EXPECT_TRUE(r.at("identical_to_baseline").is_null());
+}
+
+TEST_F(Evaluate, WritesTheReport) {
+  LoadedModel loaded = load();
+  const fs::path output = folder_->path() / "report";
+  std::vector<std::string> lines;
+  evaluate(kernels::Context{}, loaded, run(), output,
+           [&](const std::string& line) { lines.push_back(line); });
+  EXPECT_GT(lines.size(), 5u);
+
+  const Json json = Json::parse(read(output / "report.json"));
+  EXPECT_TRUE(json.at("checkpoint").is_string());
+  EXPECT_TRUE(json.at("device").is_string());
+  const double perplexity = json.at("validation_perplexity"), bits = json.at("validation_bits_per_byte");
+  // The tokenizer is one of bytes: both say the same, apart from the end of each document, which is no byte.
+  EXPECT_GT(perplexity, 1.5);
+  EXPECT_LT(perplexity, 257);
+  EXPECT_NEAR(bits, std::log2(perplexity), 0.05 * bits);
+  EXPECT_GT(json.at("baseline").at("tokens_per_second"), 0);
+  EXPECT_NEAR(json.at("baseline").at("ms_per_token").get<double>() *
+                  json.at("baseline").at("tokens_per_second").get<double>(),
+              1000, 1e-6);
+  EXPECT_GT(json.at("step_cost_ms").size(), 5u);
+
+  // Plain at two temperatures, then four drafters: greedy, and two rules at temperature 1.
+  const Json& results = json.at("results");
+  ASSERT_EQ(results.size(), 2u + 4u * 3u);
+  for (const Json& r : results) expect_result(r);
+  EXPECT_EQ(results[0].at("drafter"), "none");
+  EXPECT_EQ(results[0].at("speedup"), 1);
+  EXPECT_EQ(results[0].at("mean_accepted_length"), 1);
+
+  const std::string page = read(output / "report.html");
+  for (const char* part : {"<!DOCTYPE html>", "Acceptance by position", "Training: loss scale", "</html>",
+                           "<svg", "prefers-color-scheme"})
+    EXPECT_NE(page.find(part), std::string::npos) << part;
+  for (const char* outside : {"<script", "http://", "https://", "src=", "nan", "inf'"})
+    EXPECT_EQ(page.find(outside), std::string::npos) << outside;
+  for (const auto& entry : fs::directory_iterator(output)) EXPECT_NE(entry.path().extension(), ".tmp");
+
+  const std::string table = report_table(output / "report.json");
+  for (const char* word : {"medusa_tree", "ngram", "rejection", "tokens/s", "yes"})
+    EXPECT_NE(table.find(word), std::string::npos) << word;
+}
+
+TEST_F(Evaluate, PerplexityIsThatOfTheLossWhateverTheBatches) {
+  LoadedModel loaded = load();
+  const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
+  const Perplexity two = measure_perplexity(kernels::Context{}, loaded, validation, 0);
+  EXPECT_EQ(two.tokens, validation.tokens() - validation.documents());
+  loaded.config.train.micro_batch = 5;
+  const Perplexity five = measure_perplexity(kernels::Context{}, loaded, validation, 0);
+  EXPECT_EQ(five.tokens, two.tokens);
+  // Rows of other batches are summed in another order in fp16 products: relative 2^-11 for each of a few
+  // layers.
+  EXPECT_NEAR(five.loss, two.loss, 4 * two.loss / 2048);
+  ASSERT_EQ(two.losses.size(), 4u);
+  EXPECT_EQ(two.losses[0], two.loss);
+  EXPECT_LT(measure_perplexity(kernels::Context{}, loaded, validation, 1).tokens, two.tokens);
+}
+
+TEST_F(Evaluate, GenerateGivesTheSameTextWithEveryDrafter) {
+  LoadedModel loaded = load();
+  GenerateOptions options;
+  options.prompt = "int value = ";
+  options.max_tokens = 60;
+  std::string streamed;
+  const Generated plain =
+      generate(kernels::Context{}, loaded, options, [&](const std::string& text) { streamed += text; });
+  EXPECT_EQ(streamed, plain.text);
+  EXPECT_GT(plain.text.size(), 0u);
+  for (const DrafterKind& kind : drafters()) {
+    options.drafter = kind.name;
+    const Generated fast = generate(kernels::Context{}, loaded, options, {});
+    EXPECT_EQ(fast.text, plain.text) << kind.name;
+    EXPECT_LE(fast.steps, plain.steps);
+    int64_t gained = 0;
+    for (const int64_t g : fast.accepted) gained += g;
+    EXPECT_EQ(gained, fast.tokens);
+  }
+  options.temperature = 1;
+  EXPECT_NE(generate(kernels::Context{}, loaded, options, {}).text, plain.text);
+  options.prompt = "";
+  EXPECT_NO_THROW(generate(kernels::Context{}, loaded, options, {}));
+}
+
+TEST_F(Evaluate, BadOptionsAreExplained) {
+  LoadedModel loaded = load();
+  GenerateOptions options;
+  options.drafter = "crystal_ball";
+  EXPECT_THROW(generate(kernels::Context{}, loaded, options, {}), kernels::ConfigError);
+  options.drafter = "none";
+  options.acceptance = "always";
+  EXPECT_THROW(generate(kernels::Context{}, loaded, options, {}), kernels::ConfigError);
+  loaded.config.decode.prompt_tokens = 100000;
+  EXPECT_THROW(evaluate(kernels::Context{}, loaded, run(), folder_->path() / "no", [](const std::string&) {}),
+               kernels::DataError);
+  EXPECT_FALSE(fs::exists(folder_->path() / "no"));
+  EXPECT_THROW(report_table(folder_->path() / "absent.json"), kernels::DataError);
+}
+
+TEST(Report, SpreadAndDistinct4) {
+  EXPECT_EQ(spread_of({3, 1, 2}).median, 2);
+  EXPECT_EQ(spread_of({4, 1, 2, 3}).median, 2.5);
+  EXPECT_EQ(spread_of({4, 1, 2, 3}).high, 4);
+  DecodedSequence loop, fresh;
+  loop.tokens = {1, 2, 1, 2, 1, 2, 1};  // 4 windows, 2 different
+  fresh.tokens = {1, 2, 3, 4, 5, 6, 7};
+  EXPECT_DOUBLE_EQ(distinct_4({loop}), 0.5);
+  EXPECT_DOUBLE_EQ(distinct_4({loop, fresh}), 0.75);
+}
+
+TEST(Report, TextIsEscaped) {
+  EXPECT_EQ(escape_html("<a href=\"x\">&'\x01"), "&lt;a href=&quot;x&quot;&gt;&amp;&#39;");
+  Report report;
+  report.step_cost_ms = {1};
+  report.sample_prompt = "#include <vector>";
+  report.sample = {{"x < y && y > z", 3}};
+  const std::string page = report_html(report);
+  EXPECT_NE(page.find("#include &lt;vector&gt;"), std::string::npos);
+  EXPECT_NE(page.find("title='3 tokens in one step'>x &lt; y &amp;&amp; y &gt; z"), std::string::npos);
+}
+
+// Characters of several bytes arrive whole, whatever the steps.
+TEST(TextStream, HoldsBackHalfCharacters) {
+  const auto tokenizer = data::make_byte_tokenizer();
+  const std::string text = "a\u00e9\u20ac\U0001F600b";
+  const std::vector<int32_t> tokens = tokenizer->encode(text);
+  for (size_t chunk = 1; chunk <= 4; ++chunk) {
+    TextStream stream(*tokenizer, {});
+    std::string all;
+    for (size_t at = 0; at < tokens.size(); at += chunk) {
+      const std::string piece =
+          stream.add(std::span(tokens).subspan(at, std::min(chunk, tokens.size() - at)));
+      EXPECT_TRUE(piece.empty() || (static_cast<unsigned char>(piece[0]) & 0xC0u) != 0x80u);
+      all += piece;
+    }
+    EXPECT_EQ(all + stream.finish(), text);
+  }
+  TextStream broken(*tokenizer, {});
+  const std::vector<int32_t> half = {0xE2, 256};
+  EXPECT_EQ(broken.add(half), "");
+  EXPECT_EQ(broken.finish(), "\xE2");
+}
+
+}  // namespace
+}  // namespace trainer

@@ -1,0 +1,133 @@
+#include "trainer/decode/evaluate.h"
+
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <ctime>
+
+#include "trainer/decode/perplexity.h"
+#include "trainer/decode/report.h"
+#include "trainer/decode/text_stream.h"
+
+namespace trainer {
+
+namespace {
+
+using Progress = std::function<void(const std::string&)>;
+
+std::string describe_model(const LoadedModel& loaded) {
+  const configs::ModelConfig& m = loaded.config.model;
+  const configs::HeadsConfig& h = loaded.config.heads;
+  return fmt::format(
+      "{} layers, width {}, {} heads, attention {}, vocabulary {}, {} Medusa heads, {} MTP depths, "
+      "{:.1f} million parameters, {}",
+      m.layers, m.width, m.heads, m.attention, loaded.model->vocabulary(), h.medusa, h.mtp,
+      static_cast<double>(loaded.model->parameters().elements()) / 1e6, loaded.config.precision.compute);
+}
+
+void add_perplexity(const Context& ctx, const LoadedModel& loaded, const data::TokenDataset& validation,
+                    Report& report) {
+  const Perplexity found = measure_perplexity(ctx, loaded, validation, loaded.config.decode.batches);
+  report.validation_perplexity = found.perplexity;
+  report.validation_bits_per_byte = found.bits_per_byte;
+  report.validation_tokens = found.tokens;
+  for (size_t i = 0; i < found.losses.size(); ++i)
+    report.validation_losses.emplace_back(loaded.model->losses()[i].name, found.losses[i]);
+}
+
+// The text a drafter wrote after the first prompt, piece by piece as its steps gained it.
+void add_sample(const LoadedModel& loaded, const std::vector<Trial>& trials,
+                const std::vector<std::vector<int32_t>>& prompts, Report& report) {
+  const Trial* best = &trials.front();
+  for (const Trial& trial : trials)
+    if (trial.settings.acceptance == Acceptance::greedy && trial.speed().median > best->speed().median)
+      best = &trial;
+  report.sample_drafter = best->drafter;
+  TextStream prompt_stream(*loaded.tokenizer, {});
+  report.sample_prompt = prompt_stream.add(prompts.front()) + prompt_stream.finish();
+  TextStream stream(*loaded.tokenizer, prompts.front());
+  const DecodedSequence& text = best->texts.front();
+  size_t at = 0;
+  for (const int64_t gained : text.gained) {
+    report.sample.push_back({stream.add(std::span(text.tokens).subspan(at, gained)), gained});
+    at += gained;
+  }
+  report.sample.push_back({stream.finish(), 0});
+}
+
+struct Prompts {
+  std::vector<std::vector<int32_t>> timed, tuning;
+};
+
+// Prompts for tuning are others than those that are timed, where there are enough documents.
+Prompts split_prompts(const data::TokenDataset& validation, const configs::DecodeConfig& config) {
+  const int64_t tuning = std::min<int64_t>(4, config.prompts);
+  Prompts prompts;
+  auto all = choose_prompts(validation, config.prompts + tuning, config.prompt_tokens);
+  const int64_t spare = std::max<int64_t>(0, static_cast<int64_t>(all.size()) - config.prompts);
+  if (spare == 0) return {all, all};
+  // Every n-th, so that both sets span the whole split.
+  const int64_t every = static_cast<int64_t>(all.size()) / spare;
+  for (int64_t i = 0; i < static_cast<int64_t>(all.size()); ++i) {
+    const bool tune = i % every == every - 1 && static_cast<int64_t>(prompts.tuning.size()) < spare;
+    (tune ? prompts.tuning : prompts.timed).push_back(std::move(all[i]));
+  }
+  return prompts;
+}
+
+void add_decoding(const Context& ctx, const LoadedModel& loaded, const data::TokenDataset& validation,
+                  const Progress& progress, Report& report) {
+  const configs::DecodeConfig& config = loaded.config.decode;
+  const Prompts prompts = split_prompts(validation, config);
+  Decoder decoder(ctx, *loaded.model, 1,
+                  std::max(config.prompt_tokens + config.max_tokens, 2 * kernels::kFold));
+  DecodeSettings plain;
+  plain.max_tokens = config.max_tokens;
+  decoder.run({prompts.tuning.data(), 1}, plain);  // caches and threads get warm
+  const int64_t most_rows = std::min<int64_t>(
+      std::max({config.max_drafts, config.tree_nodes, int64_t{15}}) + 1, kernels::kMaxDecodeRows);
+  const std::vector<double> costs = measure_step_costs(decoder, most_rows, plain);
+  for (const double seconds : costs) report.step_cost_ms.push_back(seconds * 1e3);
+  std::vector<Trial> trials =
+      make_trials(decoder, loaded.config, loaded.tokenizer->end_of_text(), prompts.tuning, costs, progress);
+  run_trials(decoder, trials, prompts.timed, config.repeats, progress);
+
+  report.baseline = trials.front().speed();
+  report.baseline_first_token_ms = spread_of(trials.front().first_token_ms).median;
+  report.baseline_distinct_4 = distinct_4(trials.front().texts);
+  report.weight_bytes = loaded.model->decode_weight_bytes();
+  report.prompts = static_cast<int64_t>(prompts.timed.size());
+  report.prompt_tokens = config.prompt_tokens;
+  report.max_tokens = config.max_tokens;
+  report.rounds = config.repeats;
+  for (const Trial& trial : trials) report.results.push_back(summarise(trial, trials));
+  add_sample(loaded, trials, prompts.timed, report);
+}
+
+}  // namespace
+
+void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::path& run,
+              const std::filesystem::path& output, const Progress& progress) {
+  const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
+  Report report;
+  report.checkpoint = loaded.checkpoint.string();
+  report.step = loaded.step;
+  report.run = run.string();
+  report.device = kernels::describe(ctx.device);
+  report.date = fmt::format("{:%Y-%m-%d %H:%M} UTC", fmt::gmtime(std::time(nullptr)));
+  report.model = describe_model(loaded);
+  add_perplexity(ctx, loaded, validation, report);
+  progress(fmt::format("validation: perplexity {:.2f}, {:.3f} bits per byte over {} tokens",
+                       report.validation_perplexity, report.validation_bits_per_byte,
+                       report.validation_tokens));
+  add_decoding(ctx, loaded, validation, progress, report);
+  report.training = read_training(run);
+  write_whole(output / "report.html", report_html(report));
+  write_whole(output / "report.json", report_json(report));
+  progress(
+      fmt::format("wrote {} and {}", (output / "report.json").string(), (output / "report.html").string()));
+}
+
+}  // namespace trainer

@@ -1,0 +1,183 @@
+#include "trainer/decode/trials.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <set>
+
+#include "trainer/decode/drafters/medusa.h"
+
+namespace trainer {
+
+Spread spread_of(std::vector<double> values) {
+  if (values.empty()) return {};
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  return {(values[(n - 1) / 2] + values[n / 2]) / 2, values.front(), values.back()};
+}
+
+std::vector<std::vector<int32_t>> choose_prompts(const data::TokenDataset& dataset, int64_t count,
+                                                 int64_t tokens) {
+  std::vector<int64_t> usable;
+  for (int64_t d = 0; d < dataset.documents(); ++d)
+    if (static_cast<int64_t>(dataset.document(d).size()) >= tokens) usable.push_back(d);
+  std::vector<std::vector<int32_t>> prompts;
+  const int64_t n = std::min<int64_t>(count, static_cast<int64_t>(usable.size()));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto document = dataset.document(usable[i * static_cast<int64_t>(usable.size()) / n]);
+    const auto from = document.begin() + (static_cast<int64_t>(document.size()) - tokens) / 2;
+    prompts.emplace_back(from, from + tokens);
+  }
+  if (prompts.empty())
+    throw kernels::DataError(
+        fmt::format("no validation document has {} tokens for a prompt: lower decode.prompt_tokens", tokens));
+  return prompts;
+}
+
+namespace {
+
+std::vector<double> temperatures(const configs::DecodeConfig& config) {
+  std::vector<double> values;
+  for (const std::string& word : configs::split_list(config.temperature)) values.push_back(std::stod(word));
+  return values;
+}
+
+// Greedy decodes at temperature 0, the other rules above it.
+std::vector<std::pair<Acceptance, double>> rules(const configs::DecodeConfig& config) {
+  std::vector<std::pair<Acceptance, double>> rules;
+  for (const std::string& word : configs::split_list(config.acceptance)) {
+    const Acceptance acceptance = parse_acceptance(word);
+    if (acceptance == Acceptance::greedy) rules.emplace_back(acceptance, 0.0);
+    for (const double t : temperatures(config))
+      if (acceptance != Acceptance::greedy && t > 0) rules.emplace_back(acceptance, t);
+  }
+  return rules;
+}
+
+Trial plain_trial(DecodeSettings settings, double temperature) {
+  Trial trial;
+  trial.drafter = "none";
+  trial.shape = "chain";
+  settings.temperature = temperature;
+  settings.acceptance = temperature > 0 ? Acceptance::rejection : Acceptance::greedy;
+  trial.settings = settings;
+  return trial;
+}
+
+// How often each Medusa head's candidates come true in what the model itself writes after the prompts.
+std::vector<std::vector<double>> measure_acceptance(Decoder& decoder,
+                                                    const std::vector<std::vector<int32_t>>& prompts,
+                                                    const DecodeSettings& settings) {
+  MedusaProbe probe(decoder.context(), decoder.model());
+  DecodeSettings read = settings;
+  read.max_tokens = 1;
+  for (const std::vector<int32_t>& prompt : prompts) {
+    std::vector<int32_t> text = prompt;
+    const std::vector<int32_t> written = decoder.run({&prompt, 1}, settings).sequences[0].tokens;
+    text.insert(text.end(), written.begin(), written.end() - 1);
+    decoder.run({&text, 1}, read, &probe);
+  }
+  return probe.acceptance();
+}
+
+}  // namespace
+
+std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& all, int32_t end_of_text,
+                               const std::vector<std::vector<int32_t>>& tuning_prompts,
+                               const std::vector<double>& step_costs,
+                               const std::function<void(const std::string&)>& progress) {
+  const configs::DecodeConfig& config = all.decode;
+  DecodeSettings settings;
+  settings.typical_epsilon = config.typical_epsilon;
+  settings.typical_delta = config.typical_delta;
+  settings.seed = static_cast<uint64_t>(config.seed);
+  settings.end_of_text = end_of_text;
+  settings.max_tokens = config.max_tokens;
+  std::vector<Trial> trials;
+  trials.push_back(plain_trial(settings, 0));
+  for (const double t : temperatures(config))
+    if (t > 0) trials.push_back(plain_trial(settings, t));
+  for (const std::string& name : configs::drafters_to_evaluate(all)) {
+    const DrafterKind& kind = find_drafter(name, decoder.model().config());
+    for (const auto& [acceptance, temperature] : rules(config)) {
+      Trial trial = plain_trial(settings, temperature);
+      trial.drafter = name;
+      trial.shape = kind.shape;
+      trial.settings.acceptance = acceptance;
+      trial.engine = make_drafter(decoder, name, config);
+      if (!trial.engine->node_values().empty())
+        trial.engine->calibrate(
+            measure_acceptance(decoder, tuning_prompts, plain_trial(settings, temperature).settings));
+      trial.choice = tune_drafter(decoder, *trial.engine, step_costs, tuning_prompts, trial.settings);
+      trial.drafts = trial.choice.drafts;
+      progress(fmt::format("{} ({}, temperature {:g}): {} drafts a step, predicted speedup {:.2f}", name,
+                           to_string(acceptance), temperature, trial.drafts, trial.choice.predicted_speedup));
+      trials.push_back(std::move(trial));
+    }
+  }
+  return trials;
+}
+
+namespace {
+
+void run_round(Decoder& decoder, Trial& trial, const std::vector<std::vector<int32_t>>& prompts,
+               const std::vector<DecodedSequence>& reference) {
+  double seconds = 0;
+  int64_t tokens = 0;
+  std::vector<DecodedSequence> texts;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const DecodeRun run = decoder.run({&prompts[i], 1}, trial.settings, trial.engine.get());
+    seconds += run.seconds();
+    tokens += run.tokens;
+    trial.first_token_ms.push_back(run.prefill_seconds * 1e3);
+    trial.totals.add(run);
+    if (!reference.empty())
+      trial.identical = trial.identical && run.sequences[0].tokens == reference[i].tokens;
+    texts.push_back(run.sequences[0]);
+  }
+  trial.tokens_per_second.push_back(seconds > 0 ? static_cast<double>(tokens) / seconds : 0);
+  trial.texts = std::move(texts);
+}
+
+}  // namespace
+
+void run_trials(Decoder& decoder, std::vector<Trial>& trials,
+                const std::vector<std::vector<int32_t>>& prompts, int64_t rounds,
+                const std::function<void(const std::string&)>& progress) {
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (Trial& trial : trials) run_round(decoder, trial, prompts, trials.front().texts);
+    progress(fmt::format("decoding: round {} of {}, {} ways of decoding, {} prompts", round + 1, rounds,
+                         trials.size(), prompts.size()));
+  }
+}
+
+const Trial& baseline_of(const std::vector<Trial>& trials, const Trial& trial) {
+  for (const Trial& plain : trials)
+    if (plain.drafter == "none" && plain.settings.temperature == trial.settings.temperature) return plain;
+  return trials.front();
+}
+
+Spread speedup(const Trial& trial, const Trial& baseline) {
+  std::vector<double> ratios;
+  for (size_t i = 0; i < trial.tokens_per_second.size(); ++i)
+    if (baseline.tokens_per_second[i] > 0)
+      ratios.push_back(trial.tokens_per_second[i] / baseline.tokens_per_second[i]);
+  return spread_of(ratios);
+}
+
+double distinct_4(const std::vector<DecodedSequence>& texts) {
+  constexpr int kLength = 4;
+  double sum = 0;
+  int64_t counted = 0;
+  for (const DecodedSequence& text : texts) {
+    if (text.tokens.size() < kLength) continue;
+    std::set<std::vector<int32_t>> seen;
+    const size_t all = text.tokens.size() - kLength + 1;
+    for (size_t i = 0; i < all; ++i) seen.emplace(text.tokens.begin() + i, text.tokens.begin() + i + kLength);
+    sum += static_cast<double>(seen.size()) / static_cast<double>(all);
+    ++counted;
+  }
+  return counted > 0 ? sum / static_cast<double>(counted) : 1;
+}
+
+}  // namespace trainer
