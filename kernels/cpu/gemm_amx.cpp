@@ -93,29 +93,31 @@ void transpose(__m512i* row) {
 
 // One tile of 16 r and 32 k from (r0, k0), zero beyond the edges: its leading part and, for fp16, the
 // remainder. for_a: row r holds the pairs of k; otherwise row p holds pair p of every r.
-template <typename T>
+template <typename T, bool kContiguous>
 void pack_tile(const Source& s, int64_t r0, int64_t k0, bool for_a, uint32_t* high, uint32_t* low) {
   __m512i h[kTile], l[kTile];
   const int64_t rows = std::min<int64_t>(kTile, s.r - r0), depth = std::min<int64_t>(kDepth, s.k - k0);
   for (int i = 0; i < kTile; ++i) {
     __m512 first = _mm512_setzero_ps(), second = first;
-    if (s.k_contiguous && i < rows) {
+    if (kContiguous && i < rows) {
       const uint16_t* x = s.data + (r0 + i) * s.stride + k0;
       const uint32_t mask = depth == kDepth ? ~0u : (1u << depth) - 1;
       first = widen<T>(_mm256_maskz_loadu_epi16(static_cast<uint16_t>(mask), x));
       second = widen<T>(_mm256_maskz_loadu_epi16(static_cast<uint16_t>(mask >> 16), x + 16));
-    } else if (!s.k_contiguous) {
+    } else if (!kContiguous) {
       const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
       const uint16_t* x = s.data + (k0 + 2 * i) * s.stride + r0;
       if (2 * i < depth) first = widen<T>(_mm256_maskz_loadu_epi16(mask, x));
       if (2 * i + 1 < depth) second = widen<T>(_mm256_maskz_loadu_epi16(mask, x + s.stride));
     }
-    const auto join = s.k_contiguous ? concatenate_upper : interleave_upper;
+    const auto join = [](__m512 x, __m512 y) {
+      return kContiguous ? concatenate_upper(x, y) : interleave_upper(x, y);
+    };
     h[i] = join(first, second);
     if constexpr (std::is_same_v<T, f16>)
       l[i] = join(_mm512_sub_ps(first, leading(first)), _mm512_sub_ps(second, leading(second)));
   }
-  if (s.k_contiguous != for_a) {
+  if (kContiguous != for_a) {
     transpose(h);
     if constexpr (std::is_same_v<T, f16>) transpose(l);
   }
@@ -130,19 +132,25 @@ void pack_tile(const Source& s, int64_t r0, int64_t k0, bool for_a, uint32_t* hi
 template <typename T>
 constexpr int64_t kStepWords = (std::is_same_v<T, f16> ? 4 : 2) * kTileWords;
 
-template <typename T>
-void pack(const Source& s, int64_t r0, int64_t r1, int64_t k0, int64_t k1, bool for_a, uint32_t* out) {
+template <typename T, bool kContiguous>
+void pack_layout(const Source& s, int64_t r0, int64_t r1, int64_t k0, int64_t k1, bool for_a, uint32_t* out) {
   const int64_t blocks = (r1 - r0 + kBlock - 1) / kBlock, steps = (k1 - k0 + kDepth - 1) / kDepth;
   // Along memory: rows of k are walked together, so that a page is visited once.
-  const int64_t outer = s.k_contiguous ? blocks : steps, inner = s.k_contiguous ? steps : blocks;
+  const int64_t outer = kContiguous ? blocks : steps, inner = kContiguous ? steps : blocks;
   for (int64_t i = 0; i < outer; ++i)
     for (int64_t j = 0; j < inner; ++j) {
-      const int64_t block = s.k_contiguous ? i : j, step = s.k_contiguous ? j : i;
+      const int64_t block = kContiguous ? i : j, step = kContiguous ? j : i;
       uint32_t* tiles = out + (block * steps + step) * kStepWords<T>;
       for (int64_t half = 0; half < 2; ++half, tiles += kTileWords)
-        pack_tile<T>(s, std::min(r0 + block * kBlock + half * kTile, s.r), k0 + step * kDepth, for_a, tiles,
-                     tiles + 2 * kTileWords);
+        pack_tile<T, kContiguous>(s, std::min(r0 + block * kBlock + half * kTile, s.r), k0 + step * kDepth,
+                                  for_a, tiles, tiles + 2 * kTileWords);
     }
+}
+
+template <typename T>
+void pack(const Source& s, int64_t r0, int64_t r1, int64_t k0, int64_t k1, bool for_a, uint32_t* out) {
+  return s.k_contiguous ? pack_layout<T, true>(s, r0, r1, k0, k1, for_a, out)
+                        : pack_layout<T, false>(s, r0, r1, k0, k1, for_a, out);
 }
 
 // sum (32, 32) = packed a (32, steps * 32) times packed b (steps * 32, 32). Tiles 0 to 3 hold the sum.
