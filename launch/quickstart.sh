@@ -41,7 +41,7 @@ if [ -f $prepared/dataset.json ]; then
 else
   mapfile -t training < <(present "${training[@]}")
   mapfile -t held_out < <(present "${held_out[@]}")
-  $foretell prepare --input "${training[@]}" "${held_out[@]}" --validation-input "${held_out[@]}" --output $prepared
+  $foretell prepare --input "${training[@]}" --validation-input "${held_out[@]}" --output $prepared
 fi
 
 stage "training on two ranks"

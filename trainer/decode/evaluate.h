@@ -34,8 +34,8 @@ struct Generated {
   double seconds = 0;             // decoding alone
   std::vector<int64_t> accepted;  // tokens gained at each step
 };
-// `on_text` receives the text as it is accepted.
+// `on_text` receives the text of each step as it is accepted, and how many tokens the step gained.
 Generated generate(const Context& ctx, LoadedModel& loaded, const GenerateOptions& options,
-                   const std::function<void(const std::string&)>& on_text);
+                   const std::function<void(const std::string&, int64_t)>& on_text);
 
 }  // namespace trainer

@@ -42,7 +42,7 @@ void choose_from_costs(Decoder& decoder, Drafter& drafter, const DecodeSettings&
 }  // namespace
 
 Generated generate(const Context& ctx, LoadedModel& loaded, const GenerateOptions& options,
-                   const std::function<void(const std::string&)>& on_text) {
+                   const std::function<void(const std::string&, int64_t)>& on_text) {
   const DecodeSettings settings = settings_of(loaded, options);
   if (options.max_tokens < 1) throw kernels::ConfigError("max tokens must be at least 1");
   std::vector<int32_t> prompt = loaded.tokenizer->encode(options.prompt);
@@ -57,15 +57,16 @@ Generated generate(const Context& ctx, LoadedModel& loaded, const GenerateOption
 
   TextStream stream(*loaded.tokenizer, prompt);
   Generated result;
-  const auto emit = [&](const std::string& text) {
+  const auto emit = [&](const std::string& text, int64_t tokens) {
     if (text.empty()) return;
     result.text += text;
-    if (on_text) on_text(text);
+    if (on_text) on_text(text, tokens);
   };
   const DecodeRun run =
-      decoder.run({&prompt, 1}, settings, drafter.get(),
-                  [&](int64_t, std::span<const int32_t> tokens) { emit(stream.add(tokens)); });
-  emit(stream.finish());
+      decoder.run({&prompt, 1}, settings, drafter.get(), [&](int64_t, std::span<const int32_t> tokens) {
+        emit(stream.add(tokens), static_cast<int64_t>(tokens.size()));
+      });
+  emit(stream.finish(), 0);
   result.tokens = static_cast<int64_t>(run.sequences[0].tokens.size());
   result.steps = run.steps;
   result.seconds = run.seconds();

@@ -1,0 +1,41 @@
+#include "launch/run_directory.h"
+
+#include <fmt/format.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+namespace launch {
+
+namespace fs = std::filesystem;
+
+void write_status(const fs::path& run, const RunStatus& status) {
+  const nlohmann::ordered_json json = {{"state", status.state},
+                                       {"step", status.step},
+                                       {"exit_code", status.exit_code},
+                                       {"reason", status.reason}};
+  const fs::path file = run / "status.json", fresh = run / ".status.json.new";
+  std::ofstream stream(fresh);
+  stream << json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+  stream.close();
+  std::error_code error;
+  if (stream) fs::rename(fresh, file, error);
+  if (!stream || error) fmt::print(stderr, "warning: cannot write {}\n", file.string());
+}
+
+int64_t last_logged_step(const fs::path& run) {
+  std::ifstream stream(run / "metrics.jsonl");
+  int64_t step = 0;
+  for (std::string line; std::getline(stream, line);) {
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    if (json.is_object()) step = json.value("step", step);
+  }
+  return step;
+}
+
+fs::path run_of(const fs::path& checkpoint) {
+  const fs::path folder = fs::absolute(checkpoint).lexically_normal().parent_path();
+  return folder.filename() == "checkpoints" ? folder.parent_path() : folder;
+}
+
+}  // namespace launch

@@ -1,0 +1,164 @@
+// Whole jobs as a user starts them: what they leave behind when they end, are stopped, or are given damaged
+// files.
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "configs/config.h"
+#include "tests/launch/program.h"
+
+namespace launch {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Flips one bit in the middle of a file.
+void damage(const fs::path& file) {
+  std::string bytes = read_text(file);
+  ASSERT_FALSE(bytes.empty());
+  bytes[bytes.size() / 2] ^= 1;
+  write_text(file, bytes);
+}
+
+class Job : public testing::Test {
+ protected:
+  Job() {
+    config_.train.steps = 6;
+    config_.optim.warmup = 1;
+    config_.checkpoint.every = 3;
+    save();
+  }
+
+  // Prepared data is only needed by some tests.
+  void prepare() { support::prepare_tiny_data(folder_.path()); }
+  void save() { file_ = write_text(folder_.path() / "a.cfg", configs::to_ini(config_)); }
+  std::string train(const std::string& more = "") const { return "train " + file_ + " " + more; }
+  fs::path run() const { return config_.log.run; }
+  nlohmann::json status() const { return nlohmann::json::parse(read_text(run() / "status.json")); }
+  fs::path any_file(const fs::path& below, const std::string& extension) const {
+    for (const auto& entry : fs::recursive_directory_iterator(below))
+      if (entry.path().extension() == extension &&
+          entry.path().filename().string().find("validation") == std::string::npos)
+        return entry.path();
+    return "";
+  }
+
+  TemporaryFolder folder_;
+  configs::Config config_ = support::tiny_config(folder_.path());
+  std::string file_;
+};
+
+TEST_F(Job, RunsLeaveTheirStatusAndASecondOneIsRefused) {
+  prepare();
+  const Outcome first = foretell_ranks(2, train());
+  ASSERT_EQ(first.exit_code, 0) << first.errors;
+  EXPECT_NE(first.output.find("foretell evaluate " + run().string()), std::string::npos) << first.output;
+  EXPECT_EQ(status()["state"], "finished");
+  EXPECT_EQ(status()["step"], 6);
+  const std::string log = read_text(run() / "metrics.jsonl");
+  expect_one_line(foretell_ranks(2, train()), 2, "--resume auto");
+  expect_one_line(foretell(train()), 2, "--resume auto");
+  EXPECT_EQ(read_text(run() / "metrics.jsonl"), log);
+  EXPECT_EQ(status()["state"], "finished");
+  EXPECT_EQ(foretell("inspect " + run().string() + " --verify").exit_code, 0);
+}
+
+TEST_F(Job, Usr1SavesAndStopsAndResumeGoesOn) {
+  prepare();
+  config_.train.steps = 100000;
+  config_.checkpoint.every = 0;
+  save();
+  support::Process process = support::ranks_process(2, {FORETELL_BINARY, "train", file_});
+  process.timeout_seconds = 120;
+  support::Running job(process);
+  for (int i = 0; i < 600 && !fs::exists(run() / "status.json"); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  ASSERT_EQ(status()["state"], "running");
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  kill(job.pid(), SIGUSR1);
+  const support::ProcessResult stopped = job.wait();
+  EXPECT_EQ(stopped.exit_code, 75) << stopped.output;
+  EXPECT_EQ(status()["state"], "stopped");
+  EXPECT_EQ(status()["exit_code"], 75);
+  const int64_t step = status()["step"];
+  EXPECT_GT(step, 0);
+  const Outcome resumed =
+      foretell_ranks(2, train("--resume auto --set train.steps=" + std::to_string(step + 2)));
+  EXPECT_EQ(resumed.exit_code, 0) << resumed.errors;
+  EXPECT_EQ(status()["state"], "finished");
+  EXPECT_EQ(status()["step"], step + 2);
+}
+
+TEST_F(Job, DryRunPrintsAPlanAndWritesNothing) {
+  prepare();
+  const Outcome outcome = foretell_ranks(2, train("--dry-run"));
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
+  EXPECT_NE(outcome.output.find("ranks                   2"), std::string::npos) << outcome.output;
+  EXPECT_FALSE(fs::exists(run()));
+  const Outcome plan = foretell("plan " + file_ + " --ranks 3");
+  EXPECT_EQ(plan.exit_code, 0) << plan.errors;
+  EXPECT_NE(plan.output.find("ranks                   3"), std::string::npos) << plan.output;
+}
+
+TEST_F(Job, MissingDataLeavesNothingBehind) {
+  config_.data.path = (folder_.path() / "nothing").string();
+  save();
+  expect_one_line(foretell(train()), 74, "nothing");
+  expect_one_line(foretell_ranks(2, train()), 74, "nothing");
+  EXPECT_FALSE(fs::exists(run()));
+}
+
+TEST_F(Job, DamagedShards) {
+  prepare();
+  damage(any_file(config_.data.path, ".h5"));
+  expect_one_line(foretell(train()), 74, ".h5");
+  expect_one_line(foretell_ranks(2, train()), 74, ".h5");
+  EXPECT_FALSE(fs::exists(run()));
+  expect_one_line(foretell("inspect --verify " + config_.data.path), 74, ".h5");
+  fs::resize_file(any_file(config_.data.path, ".h5"), 100);
+  expect_one_line(foretell(train()), 74, ".h5");
+}
+
+TEST_F(Job, MoreRanksThanSamples) {
+  const std::string text =
+      write_text(folder_.path() / "one" / "a.txt", "a single short document of a few words");
+  const std::string data = (folder_.path() / "small").string();
+  const Outcome prepared = foretell("prepare --tokenizer bytes --input " + text + " --output " + data);
+  ASSERT_EQ(prepared.exit_code, 0) << prepared.errors;
+  expect_one_line(foretell_ranks(4, train("--set data.path=" + data)), 2, "fewer ranks");
+  EXPECT_FALSE(fs::exists(run()));
+}
+
+TEST_F(Job, DamagedCheckpoints) {
+  prepare();
+  ASSERT_EQ(foretell(train()).exit_code, 0);
+  for (const auto& step : fs::directory_iterator(run() / "checkpoints"))
+    if (step.is_directory()) damage(any_file(step, ".h5"));
+  expect_one_line(foretell("inspect --verify " + run().string()), 74, "step_");
+  expect_one_line(foretell("generate --prompt a " + run().string()), 74, "verifies");
+}
+
+TEST_F(Job, PrepareRefusesWhatItCannotUse) {
+  const std::string out = (folder_.path() / "out").string();
+  const auto prepare_from = [&](const std::string& input) {
+    return foretell("prepare --tokenizer bytes --input " + input + " --output " + out);
+  };
+  expect_one_line(prepare_from("/nowhere/at/all"), 74, "/nowhere/at/all");
+  fs::create_directories(folder_.path() / "empty");
+  expect_one_line(prepare_from((folder_.path() / "empty").string()), 74, "no usable text");
+  write_text(folder_.path() / "binary" / "a.txt", std::string("\0\1\2\377\0", 5));
+  expect_one_line(prepare_from((folder_.path() / "binary").string()), 74, "1 skipped");
+  EXPECT_FALSE(fs::exists(out));
+  write_text(folder_.path() / "binary" / "b.txt", "some good text in a file\n");
+  const Outcome mixed = prepare_from((folder_.path() / "binary").string());
+  EXPECT_EQ(mixed.exit_code, 0) << mixed.errors;
+  EXPECT_NE(mixed.output.find("1 files skipped"), std::string::npos) << mixed.output;
+  EXPECT_NE(mixed.output.find("a.txt"), std::string::npos) << mixed.output;
+}
+
+}  // namespace
+}  // namespace launch
