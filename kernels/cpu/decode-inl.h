@@ -17,7 +17,8 @@
 HWY_BEFORE_NAMESPACE();
 namespace kernels::cpu::HWY_NAMESPACE {
 
-constexpr int kQueries = 4;  // queries that share a pass over the committed slots
+// Queries that share a pass over the committed slots: as many as the registers hold.
+constexpr int kQueries = HWY_MAX_BYTES >= 64 ? 6 : 2;
 
 // Stored rows of one head: slot t begins at base + t * stride.
 template <class T>
@@ -65,22 +66,22 @@ void dot_slots(D d, int64_t width, const A* q, int64_t ldq, const Slots<T>& slot
       row[i] = slots.base + (list ? list[at] : at) * slots.stride;
     }
     hn::Vec<D> sum[R][4];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < 4; ++i) sum[r][i] = hn::Zero(d);
     for (int64_t c = 0; c < width; c += lanes) {
       hn::Vec<D> key[4];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < 4; ++i) key[i] = load(d, row[i] + c, Whole{});
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const auto query = hn::LoadU(d, q + r * ldq + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) sum[r][i] = hn::MulAdd(query, key[i], sum[r][i]);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sum_four(d, sum[r], out + r * ldo + t);
   }
 }
@@ -90,25 +91,25 @@ HWY_INLINE void add_slots_block(D d, const A* weight, int64_t ldw, const Slots<T
                                 int64_t count, A* out, int64_t ldo) {
   const int64_t lanes = hn::Lanes(d);
   hn::Vec<D> sum[R][N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) sum[r][j] = hn::LoadU(d, out + r * ldo + j * lanes);
   for (int64_t t = 0; t < count; ++t) {
     const T* row = slots.base + (list ? list[t] : t) * slots.stride;
     hn::Vec<D> value[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) value[j] = load(d, row + j * lanes, Whole{});
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const auto w = hn::Set(d, weight[r * ldw + t]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < N; ++j) sum[r][j] = hn::MulAdd(w, value[j], sum[r][j]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) hn::StoreU(sum[r][j], d, out + r * ldo + j * lanes);
 }
 
@@ -154,19 +155,19 @@ HWY_INLINE void with_lanes(int64_t width, Fn&& fn) {
   }
 }
 
-// Calls fn(std::integral_constant<int, rows>) for 1 to kQueries rows.
-template <class Fn>
-HWY_INLINE void with_queries(int64_t rows, Fn&& fn) {
-  switch (rows) {
-    case 1:
-      return fn(std::integral_constant<int, 1>());
-    case 2:
-      return fn(std::integral_constant<int, 2>());
-    case 3:
-      return fn(std::integral_constant<int, 3>());
-    default:
-      return fn(std::integral_constant<int, kQueries>());
+// Calls fn(std::integral_constant<int, count>(), first) for blocks of up to kQueries queries, evenly filled.
+template <int N = kQueries, class Fn>
+HWY_INLINE void call_with(int64_t count, int64_t first, Fn& fn) {
+  if constexpr (N > 1) {
+    if (count < N) return call_with<N - 1>(count, first, fn);
   }
+  fn(std::integral_constant<int, N>(), first);
+}
+template <class Fn>
+HWY_INLINE void for_query_blocks(int64_t queries, Fn&& fn) {
+  const int64_t blocks = (queries + kQueries - 1) / kQueries;
+  for (int64_t i = 0; i < blocks; ++i)
+    call_with(queries * (i + 1) / blocks - queries * i / blocks, queries * i / blocks, fn);
 }
 
 }  // namespace kernels::cpu::HWY_NAMESPACE

@@ -25,15 +25,11 @@ struct LinearDecodeTask {
 HWY_BEFORE_NAMESPACE();
 namespace kernels::cpu::HWY_NAMESPACE {
 
-// phi of `count` stored keys of one head, dense rows of ld.
-template <class T, class A>
-void recent_features(const LinearAttentionState& state, int64_t sequence, int64_t head, int64_t count, A* out,
-                     int64_t ld) {
-  const int64_t width = state.recent_k.dim(3);
-  const HeadView keys{cache_head<T>(state.recent_k, sequence, head), state.recent_k.dtype,
-                      state.recent_k.dim(2) * width, width};
-  load_tile<A>(keys, count, 1, out, ld);
-  feature_tile(out, ld, count, width);
+// One head of the stored rows from `slot` on.
+template <class T>
+HeadView slots_view(const Tensor& cache, int64_t sequence, int64_t head, int64_t slot) {
+  const int64_t width = cache.dim(3), stride = cache.dim(2) * width;
+  return {cache_head<T>(cache, sequence, head) + slot * stride, cache.dtype, stride, width};
 }
 
 template <class A>
@@ -42,13 +38,13 @@ A* state_head(const Tensor& x, int64_t sequence, int64_t head) {
 }
 
 template <int R, class T, class D>
-void linear_decode_queries(D d, const LinearDecodeTask& t, const acc_t<T>* features, int64_t first) {
+void linear_decode_queries(D d, const LinearDecodeTask& t, int64_t first) {
   using A = acc_t<T>;
   constexpr int64_t kList = 2 * kFold + kPad;
   const DecodeSequence& s = t.sequence;
   const int64_t width = t.q.dim(2), group = t.q.dim(1) / t.k.dim(1), ld = padded(width);
   const int64_t committed = s.first_slot;
-  const Slots<A> keys{features, ld};
+  const Slots<A> keys{cache_head<A>(t.state.recent_k, s.index, t.key_head), t.k.dim(1) * width};
   const Slots<T> values{cache_head<T>(t.state.recent_v, s.index, t.key_head), t.k.dim(1) * width};
   const Slots<A> folded{state_head<A>(t.state.s, s.index, t.key_head), width};
   const Slots<A> folded_sum{state_head<A>(t.state.z, s.index, t.key_head), width};
@@ -79,43 +75,46 @@ void linear_decode_queries(D d, const LinearDecodeTask& t, const acc_t<T>* featu
   }
 }
 
+// phi of the step's keys of one head, into their slots.
+template <class A>
+void append_features(const Tensor& k, const DecodeSequence& s, int64_t head, const Tensor& recent) {
+  const int64_t width = k.dim(2), ld = padded(width);
+  A* features = staging<A>(0, kMaxDecodeRows * ld);
+  load_tile<A>(head_view(k, s.first_row, head), s.rows, 1, features, ld);
+  feature_tile(features, ld, s.rows, width);
+  store_tile<A>(features, ld, s.rows, 1, slots_view<A>(recent, s.index, head, s.first_slot));
+}
+
 void LinearDecode(const LinearDecodeTask& t) {
   visit_dtype(t.q.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
     const DecodeSequence& s = t.sequence;
-    append_rows<T>(t.k, s, t.key_head, t.state.recent_k);
+    append_features<A>(t.k, s, t.key_head, t.state.recent_k);
     append_rows<T>(t.v, s, t.key_head, t.state.recent_v);
-    const int64_t count = s.first_slot + s.rows, ld = padded(t.q.dim(2));
-    A* features = staging<A>(0, 2 * kFold * ld);
-    recent_features<T>(t.state, s.index, t.key_head, count, features, ld);
     const int64_t queries = s.rows * (t.q.dim(1) / t.k.dim(1));
     with_lanes<A>(t.q.dim(2), [&](auto d) {
-      for (int64_t i = 0; i < queries; i += kQueries)
-        with_queries(queries - i, [&](auto r) { linear_decode_queries<r(), T>(d, t, features, i); });
+      for_query_blocks(queries, [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
     });
   });
 }
 
 // S += phi(k_j) v_j^T and z += phi(k_j) for the kFold rows in order.
 void LinearFold(const LinearAttentionState& state, int64_t sequence, int64_t head) {
-  visit_dtype(state.recent_k.dtype, [&](auto tag) {
+  visit_dtype(state.recent_v.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const int64_t width = state.recent_k.dim(3), ld = padded(width);
-    A *features = staging<A>(0, kFold * ld), *values = staging<A>(1, kFold * ld),
-      *sum = staging<A>(2, width * ld);
-    recent_features<T>(state, sequence, head, kFold, features, ld);
-    const HeadView rows{cache_head<T>(state.recent_v, sequence, head), state.recent_v.dtype,
-                        state.recent_v.dim(2) * width, width};
-    load_tile<A>(rows, kFold, 1, values, ld);
+    const int64_t width = state.recent_k.dim(3), ld = padded(width), stride = state.recent_k.dim(2) * width;
+    A *values = staging<A>(0, kFold * ld), *sum = staging<A>(1, width * ld);
+    const A* features = cache_head<A>(state.recent_k, sequence, head);
+    load_tile<A>(slots_view<T>(state.recent_v, sequence, head, 0), kFold, 1, values, ld);
     const HeadView s{state_head<A>(state.s, sequence, head), state.s.dtype, width, width};
     load_tile<A>(s, width, 1, sum, ld);
-    product(true, width, ld, kFold, Left<A>{features, 1, ld}, values, ld, sum, ld);
+    product(true, width, ld, kFold, Left<A>{features, 1, stride}, values, ld, sum, ld);
     store_tile<A>(sum, ld, width, 1, s);
     A* z = state_head<A>(state.z, sequence, head);
     for (int64_t j = 0; j < kFold; ++j)
-      for (int64_t c = 0; c < width; ++c) z[c] += features[j * ld + c];
+      for (int64_t c = 0; c < width; ++c) z[c] += features[j * stride + c];
   });
 }
 

@@ -31,7 +31,7 @@ A softmax_list(A* x, int64_t count) {
   for (int64_t t = lanes; t < padded(count); t += lanes) peak = hn::Max(peak, hn::LoadU(d, x + t));
   peak = hn::MaxOfLanes(d, peak);
   for (int64_t t = 0; t < padded(count); t += lanes)
-    hn::StoreU(exponential(d, hn::Sub(hn::LoadU(d, x + t), peak)), d, x + t);
+    hn::StoreU(exp_short(d, hn::Sub(hn::LoadU(d, x + t), peak)), d, x + t);
   return sum_list(x, count);
 }
 
@@ -77,8 +77,7 @@ void SoftmaxDecode(const SoftmaxDecodeTask& t) {
     append_rows<T>(t.v, t.sequence, t.key_head, t.cache_v);
     const int64_t queries = t.sequence.rows * (t.q.dim(1) / t.k.dim(1));
     with_lanes<acc_t<T>>(t.q.dim(2), [&](auto d) {
-      for (int64_t i = 0; i < queries; i += kQueries)
-        with_queries(queries - i, [&](auto r) { softmax_decode_queries<r(), T>(d, t, i); });
+      for_query_blocks(queries, [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
     });
   });
 }

@@ -20,14 +20,15 @@ void check_saved(const char* operation, const LinearAttentionParams& params, con
 }
 
 void check_state(const char* operation, const LinearAttentionState& state) {
-  const Tensor& k = state.recent_k;
-  check_shape(operation, "recent_k", k, {k.dim(0), 2 * kFold, k.dim(2), k.dim(3)});
-  check_shape(operation, "recent_v", state.recent_v, k.shape);
-  check_dtype(operation, "recent_v", state.recent_v, k.dtype);
-  check_shape(operation, "state_s", state.s, {k.dim(0), k.dim(2), k.dim(3), k.dim(3)});
-  check_shape(operation, "state_z", state.z, {k.dim(0), k.dim(2), k.dim(3)});
-  check_dtype(operation, "state_s", state.s, main_dtype(k.dtype));
-  check_dtype(operation, "state_z", state.z, main_dtype(k.dtype));
+  const Tensor& v = state.recent_v;
+  const DType main = main_dtype(v.dtype);
+  check_shape(operation, "recent_v", v, {v.dim(0), 2 * kFold, v.dim(2), v.dim(3)});
+  check_shape(operation, "recent_k", state.recent_k, v.shape);
+  check_shape(operation, "state_s", state.s, {v.dim(0), v.dim(2), v.dim(3), v.dim(3)});
+  check_shape(operation, "state_z", state.z, {v.dim(0), v.dim(2), v.dim(3)});
+  check_dtype(operation, "recent_k", state.recent_k, main);
+  check_dtype(operation, "state_s", state.s, main);
+  check_dtype(operation, "state_z", state.z, main);
 }
 
 }  // namespace
@@ -64,8 +65,8 @@ void linear_attention_decode(const Context& ctx, const LinearAttentionParams& pa
   constexpr const char* kName = "linear_attention_decode";
   check_attention(kName, q, k, v);
   check_state(kName, state);
-  check_shape(kName, "recent_k", state.recent_k, {state.recent_k.dim(0), 2 * kFold, k.dim(1), k.dim(2)});
-  check_dtype(kName, "recent_k", state.recent_k, q.dtype);
+  check_shape(kName, "recent_v", state.recent_v, {state.recent_v.dim(0), 2 * kFold, k.dim(1), k.dim(2)});
+  check_dtype(kName, "recent_v", state.recent_v, q.dtype);
   check_shape(kName, "o", o, q.shape);
   check_dtype(kName, "o", o, output_dtype(params, q));
   check_decode_rows(kName, rows, q.rows(), state.s.rows());

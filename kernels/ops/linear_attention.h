@@ -12,10 +12,11 @@
 // backward. Rows that belong to no sequence get o = 0 and gradients 0. dout may be of the main type.
 //
 // Decoding state per sequence b: S and z folded over the first F tokens, F = lengths[b] / kFold * kFold, and
-// the raw k, v rows since. A row at position p reads S, z and, in slot order, the rows it may see; it never
-// reads a row of another branch (that term is exactly 0), so its result is the same bit for bit in a chain, a
-// tree or alone.
-//   state_s (B, Hk, D, D) fp32, state_z (B, Hk, D) fp32, recent_k, recent_v (B, 2 kFold, Hk, D)
+// phi(k) and the raw v of the rows since. A row at position p reads S, z and, in slot order, the rows it may
+// see; it never reads a row of another branch (that term is exactly 0), so its result is the same bit for bit
+// in a chain, a tree or alone.
+//   state_s (B, Hk, D, D), state_z (B, Hk, D), recent_k (B, 2 kFold, Hk, D) of the main type (recent_k holds
+//   phi(k), made once), recent_v (B, 2 kFold, Hk, D) of the compute type
 // The step's rows go to slots lengths[b] - F + j. Rolling back is doing nothing; commit gathers the accepted
 // rows and, when the length reaches F + kFold, folds those kFold rows into S and z. All positions of a step
 // lie before F + kFold.
@@ -32,7 +33,7 @@ struct LinearAttentionParams {
 struct LinearAttentionState {
   Tensor s;         // (B, Hk, D, D)
   Tensor z;         // (B, Hk, D)
-  Tensor recent_k;  // (B, 2 kFold, Hk, D)
+  Tensor recent_k;  // (B, 2 kFold, Hk, D) phi(k)
   Tensor recent_v;  // (B, 2 kFold, Hk, D)
 };
 

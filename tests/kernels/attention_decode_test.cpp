@@ -56,7 +56,7 @@ class Decoder {
     const auto b = static_cast<int64_t>(lengths_.size());
     const DType main = kernels::main_dtype(dtype);
     const int64_t slots = kind == Kind::softmax ? capacity : 2 * kFold;
-    k_ = TensorBuffer(dtype, {b, slots, s.key_heads, s.width});
+    k_ = TensorBuffer(kind == Kind::softmax ? dtype : main, {b, slots, s.key_heads, s.width});
     v_ = TensorBuffer(dtype, {b, slots, s.key_heads, s.width});
     sum_ = TensorBuffer(main, {b, s.key_heads, s.width, s.width});
     z_ = TensorBuffer(main, {b, s.key_heads, s.width});

@@ -19,7 +19,7 @@ struct LinearState final : AttentionState {
       if (pass == 1) arena.place();
       folded.s = arena.allocate("state s", main, {batch, heads, size, size});
       folded.z = arena.allocate("state z", main, {batch, heads, size});
-      folded.recent_k = arena.allocate("recent k", dtype, recent);
+      folded.recent_k = arena.allocate("recent k", main, recent);
       folded.recent_v = arena.allocate("recent v", dtype, recent);
     }
     reset(ctx);
