@@ -20,6 +20,7 @@ struct Command {
 constexpr Command kCommands[] = {
     {"prepare", "turn files of text into token shards to train on", prepare_command},
     {"train", "train or fine-tune a model; under mpirun over several ranks", train_command},
+    {"evaluate", "measure perplexity and speculative decoding; writes report.html", evaluate_command},
     {"generate", "continue a text", generate_command},
     {"inspect", "say what a run, a checkpoint or prepared data holds, and whether it is whole",
      inspect_command},

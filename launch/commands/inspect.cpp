@@ -11,6 +11,7 @@
 #include "launch/command_line.h"
 #include "launch/console.h"
 #include "launch/run_directory.h"
+#include "trainer/decode/evaluate.h"
 
 namespace launch {
 namespace {
@@ -73,7 +74,9 @@ void inspect_run(const fs::path& path, bool verify) {
     if (verify) checkpoints::Reader reader(checkpoint);
     fmt::print("  {}{}\n", checkpoint.string(), verify ? ", whole" : "");
   }
-  if (fs::exists(path / "report.html")) fmt::print("  {}\n", (path / "report.html").string());
+  if (fs::exists(path / "report.json"))
+    fmt::print("\n{}\nreport: {}\n", trainer::report_table(path / "report.json"),
+               (path / "report.html").string());
 }
 
 // What `path` is, by what lies in it; a shard is looked at together with the folder it belongs to.

@@ -10,7 +10,7 @@ namespace {
 TEST(Commands, HelpNamesEveryCommandAndEachExplainsItself) {
   const Outcome usage = foretell("--help");
   EXPECT_EQ(usage.exit_code, 0);
-  for (const char* name : {"prepare", "train", "generate", "inspect", "plan", "config"}) {
+  for (const char* name : {"prepare", "train", "evaluate", "generate", "inspect", "plan", "config"}) {
     EXPECT_NE(usage.output.find(std::string("\n  ") + name), std::string::npos) << name;
     const Outcome help = foretell(std::string(name) + " --help");
     EXPECT_EQ(help.exit_code, 0) << name;

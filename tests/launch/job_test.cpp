@@ -67,6 +67,34 @@ TEST_F(Job, RunsLeaveTheirStatusAndASecondOneIsRefused) {
   EXPECT_EQ(foretell("inspect " + run().string() + " --verify").exit_code, 0);
 }
 
+TEST_F(Job, EvaluateAndGenerate) {
+  prepare();
+  config_.decode.prompts = 1;
+  config_.decode.prompt_tokens = 8;
+  config_.decode.max_tokens = 12;
+  config_.decode.repeats = 1;
+  config_.decode.drafters = "medusa";
+  config_.decode.acceptance = "greedy";
+  config_.decode.temperature = "0";
+  save();
+  ASSERT_EQ(foretell(train()).exit_code, 0);
+  EXPECT_NE(read_text(run() / "samples.txt").find("step 6"), std::string::npos);
+  const Outcome evaluated = foretell("evaluate " + run().string());
+  ASSERT_EQ(evaluated.exit_code, 0) << evaluated.errors;
+  EXPECT_NE(evaluated.output.find("report: " + (run() / "report.html").string()), std::string::npos);
+  EXPECT_TRUE(fs::exists(run() / "report.html"));
+  EXPECT_TRUE(nlohmann::json::parse(read_text(run() / "report.json")).contains("results"));
+  const std::string generate = "generate " + run().string() + " --prompt int --max-tokens 9 ";
+  const Outcome plain = foretell(generate);
+  ASSERT_EQ(plain.exit_code, 0) << plain.errors;
+  EXPECT_EQ(plain.output.rfind("int", 0), 0u) << plain.output;
+  EXPECT_NE(plain.output.find("tokens per second"), std::string::npos) << plain.output;
+  // The same text from a drafter; only the last line, of speeds, differs.
+  const Outcome drafted = foretell(generate + "--drafter medusa");
+  const auto text = [](const std::string& output) { return output.substr(0, output.rfind("\n\n")); };
+  EXPECT_EQ(text(drafted.output), text(plain.output));
+}
+
 TEST_F(Job, Usr1SavesAndStopsAndResumeGoesOn) {
   prepare();
   config_.train.steps = 100000;
@@ -139,6 +167,7 @@ TEST_F(Job, DamagedCheckpoints) {
   for (const auto& step : fs::directory_iterator(run() / "checkpoints"))
     if (step.is_directory()) damage(any_file(step, ".h5"));
   expect_one_line(foretell("inspect --verify " + run().string()), 74, "step_");
+  expect_one_line(foretell("evaluate " + run().string()), 74, "verifies");
   expect_one_line(foretell("generate --prompt a " + run().string()), 74, "verifies");
 }
 
