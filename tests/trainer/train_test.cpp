@@ -1,9 +1,11 @@
 // The training job of one rank: what it writes, how it stops and goes on, what it refuses.
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <map>
 
 #include "checkpoints/checkpoint.h"
+#include "data/prepare.h"
 #include "kernels/core/error.h"
 #include "tests/support/tiny_run.h"
 #include "trainer/train/loop.h"
@@ -146,6 +148,31 @@ TEST_F(Train, FineTunesHeadsOnAFrozenTrunk) {
   EXPECT_EQ(before.at("master/embedding.weight"), after.at("master/embedding.weight"));
   const auto& w = after.at("master/medusa.0.layers.0.weight");
   EXPECT_NE(std::vector<char>(w.size(), 0), w) << "the new head has moved from its zero start";
+}
+
+TEST_F(Train, RefusesWeightsOfAnotherTokenizer) {
+  // Two vocabularies of the same size, learned from different words.
+  std::ofstream other(folder_.path() / "other.txt");
+  for (int i = 0; i < 400; ++i) other << "while unsigned double template namespace " << i << '\n';
+  other.close();
+  const auto prepared = [&](const std::string& name, const std::filesystem::path& text) {
+    data::PrepareParams params;
+    params.inputs = {text.string()};
+    params.output = folder_.path() / name;
+    params.tokenizer = "sentencepiece:300";
+    params.validation_fraction = 0.2;
+    data::prepare(params, [](const std::string&, double) {});
+    return params.output.string();
+  };
+  auto base = named("base");
+  base.data.path = prepared("words", folder_.path() / "text");
+  base.train.steps = 2;
+  train(base);
+  auto tuned = named("tuned");
+  tuned.data.path = prepared("other_words", folder_.path() / "other.txt");
+  tuned.train.init_from = base.log.run;
+  const std::string message = message_of([&] { train(tuned); });
+  EXPECT_NE(message.find("another tokenizer"), std::string::npos) << message;
 }
 
 TEST_F(Train, PlanCountsWhatARunTakes) {

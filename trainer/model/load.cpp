@@ -165,7 +165,7 @@ LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_c
 }
 
 std::vector<std::string> load_weights(const Context&, const std::filesystem::path& run_or_checkpoint,
-                                      Model& model) {
+                                      Model& model, const std::string& tokenizer_hash) {
   const std::filesystem::path checkpoint = checkpoints::resolve(run_or_checkpoint);
   const checkpoints::Reader reader(checkpoint);
   const configs::Config theirs =
@@ -176,6 +176,10 @@ std::vector<std::string> load_weights(const Context&, const std::filesystem::pat
     throw CheckpointError(fmt::format(
         "{} has a vocabulary of {} tokens and the data {}: prepare the data with the checkpoint's tokenizer",
         checkpoint.string(), vocabulary, model.vocabulary()));
+  if (!tokenizer_hash.empty() && text(reader, checkpoint, "tokenizer_hash") != tokenizer_hash)
+    throw CheckpointError(fmt::format(
+        "{} was trained with another tokenizer than the data: prepare the data with the checkpoint's",
+        checkpoint.string()));
   return take_all(reader, checkpoint, model.parameters(), true);
 }
 

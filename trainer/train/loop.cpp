@@ -77,7 +77,7 @@ class Job {
 
  private:
   void take_initial_weights() {
-    const auto fresh = load_weights(ctx_, config_.train.init_from, model_);
+    const auto fresh = load_weights(ctx_, config_.train.init_from, model_, tokenizer_->hash());
     if (ranks_.rank() == 0)
       fmt::print("weights from {}{}\n", config_.train.init_from,
                  fresh.empty() ? "" : fmt::format("; {} tensors of new heads start fresh", fresh.size()));
