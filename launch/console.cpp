@@ -1,5 +1,6 @@
 #include "launch/console.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -12,7 +13,14 @@ namespace launch {
 
 bool on_terminal() {
   const char* kind = std::getenv("TERM");
-  return isatty(STDOUT_FILENO) == 1 && kind != nullptr && std::string_view(kind) != "dumb";
+  if (isatty(STDOUT_FILENO) != 1 || kind == nullptr || std::string_view(kind) == "dumb") return false;
+  // mpirun gives its ranks a terminal of its own making: what counts is where mpirun itself writes.
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr) return true;
+  const int launcher = open(fmt::format("/proc/{}/fd/1", getppid()).c_str(), O_WRONLY | O_NOCTTY | O_CLOEXEC);
+  if (launcher < 0) return false;
+  const bool terminal = isatty(launcher) == 1;
+  close(launcher);
+  return terminal;
 }
 
 std::string bytes_text(double n) {

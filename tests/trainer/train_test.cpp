@@ -166,7 +166,7 @@ TEST_F(Train, RefusesWeightsOfAnotherTokenizer) {
   };
   auto base = named("base");
   base.data.path = prepared("words", folder_.path() / "text");
-  base.train.steps = 2;
+  base.train.steps = 4;
   train(base);
   auto tuned = named("tuned");
   tuned.data.path = prepared("other_words", folder_.path() / "other.txt");
