@@ -1,7 +1,9 @@
 // A job in which something goes wrong: run under mpirun by session_test with the name of a scenario.
 #include <fmt/format.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdlib>
 #include <fstream>
 #include <thread>
@@ -30,6 +32,10 @@ void play(const std::string& scenario, comm::Communicator& world, const std::str
   if (scenario == "sizes" && odd_one) return reduce_floats(world, 5001);
   if (scenario == "skipped" && odd_one) return world.barrier();
   if (scenario == "orphans") {
+    // Open MPI itself notices a lost launcher after seconds; the kernel does at once.
+    int signal = 0;
+    if (::prctl(PR_GET_PDEATHSIG, &signal) != 0 || signal != SIGKILL)
+      throw kernels::CommError("would outlive its launcher");
     std::ofstream(fmt::format("{}/{}.tmp", folder, world.rank())) << ::getpid();
     std::rename(fmt::format("{}/{}.tmp", folder, world.rank()).c_str(),
                 fmt::format("{}/{}", folder, world.rank()).c_str());
