@@ -52,6 +52,9 @@ HWY_NOINLINE void multiply(const Work<T>& work, int64_t strip, int64_t row) {
   using V = hn::Vec<decltype(d)>;
   const Tensor& panels = work.w->panels;
   const int64_t in = panels.dim(1);
+  // Where a panel ends, its successor among those read next begins.
+  constexpr int64_t kAhead = 32;
+  const int64_t next = std::max<int64_t>(1, kStrips / kPerPanel) * panels.row_stride - in * kPanelRows;
   const T* weights[kStrips];
   const acc_t<T>* x[kRows];
   V low[kRows][kStrips], high[kRows][kStrips];
@@ -64,6 +67,9 @@ HWY_NOINLINE void multiply(const Work<T>& work, int64_t strip, int64_t row) {
   }
   for (int64_t i = 0; i < in; ++i) {
     for (int s = 0; s < kStrips; ++s) {
+      // Reads that wait for memory are asked for early: a hardware prefetcher stops at every page.
+      if (kRows <= 4)
+        __builtin_prefetch(weights[s] + (i + kAhead) * kPanelRows + (i + kAhead < in ? 0 : next));
       const V w0 = load(d, weights[s] + i * kPanelRows, Whole{});
       const V w1 = load(d, weights[s] + i * kPanelRows + kLanes, Whole{});
       for (int r = 0; r < kRows; ++r) {

@@ -27,9 +27,14 @@ class Buffer {
   Buffer(DType dtype, Shape shape, double scale = 1)
       : data_(kernels::allocate_bytes({}, static_cast<size_t>(shape.numel()) * sizeof(float)), Free{}),
         tensor_(data_.get(), dtype, shape) {
+    static const std::vector<float> normals = [] {
+      std::vector<float> x(4096);
+      for (size_t i = 0; i < x.size(); ++i) x[i] = kernels::normal(1, kernels::Purpose::test, i);
+      return x;
+    }();
     std::vector<float> values(static_cast<size_t>(shape.numel()));
     for (size_t i = 0; i < values.size(); ++i)
-      values[i] = static_cast<float>(scale) * kernels::normal(1, kernels::Purpose::test, i % 4096);
+      values[i] = static_cast<float>(scale) * normals[i % normals.size()];
     kernels::cast({}, Tensor(values.data(), DType::f32, shape), tensor_);
   }
   operator const Tensor&() const { return tensor_; }
@@ -90,6 +95,13 @@ void read_memory(benchmark::State& state) {
   state.SetBytesProcessed(state.iterations() * bytes);
 }
 BENCHMARK(read_memory)->ArgNames({"MiB", "threads"})->ArgsProduct({{1, 6, 24, 512}, {1, 2}})->UseRealTime();
+
+// What handing work to the team and waiting for it costs; a decode step does so some twenty times.
+void empty_region(benchmark::State& state) {
+  kernels::set_threads(static_cast<int>(state.range(0)));
+  for (auto _ : state) kernels::parallel_region([](int, int) {});
+}
+BENCHMARK(empty_region)->ArgName("threads")->Arg(2)->Arg(4)->UseRealTime();
 
 struct Model {
   int64_t width, layers, ffn, vocabulary;
