@@ -98,6 +98,10 @@ TEST_F(Evaluate, WritesTheReport) {
               1000, 1e-6);
   EXPECT_GT(json.at("step_cost_ms").size(), 5u);
 
+  ASSERT_EQ(json.at("anchors").size(), 4u);
+  EXPECT_EQ(json.at("anchors")[2].at("model"), "order 3");
+  for (const Json& anchor : json.at("anchors")) EXPECT_GT(anchor.at("bits_per_byte"), 0.5);
+
   // Plain at two temperatures, then four drafters: greedy, and two rules at temperature 1.
   const Json& results = json.at("results");
   ASSERT_EQ(results.size(), 2u + 4u * 3u);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <ctime>
 
+#include "data/ngram.h"
 #include "trainer/decode/perplexity.h"
 #include "trainer/decode/report.h"
 #include "trainer/decode/text_stream.h"
@@ -35,6 +36,17 @@ void add_perplexity(const Context& ctx, const LoadedModel& loaded, const data::T
   report.validation_tokens = found.tokens;
   for (size_t i = 0; i < found.losses.size(); ++i)
     report.validation_losses.emplace_back(loaded.model->losses()[i].name, found.losses[i]);
+}
+
+// Byte n-gram models of the training text, for scale.
+void add_anchors(const LoadedModel& loaded, const data::TokenDataset& validation, Report& report) {
+  constexpr int64_t kMaxBytes = int64_t{64} << 20;  // more text changes the figures little and takes minutes
+  const data::TokenDataset train(loaded.config.data.path, "train", loaded.config.model.context);
+  const auto train_text = data::document_texts(train, *loaded.tokenizer, kMaxBytes);
+  const auto validation_text = data::document_texts(validation, *loaded.tokenizer, kMaxBytes);
+  for (const auto& score : data::ngram_bits_per_byte(train_text, validation_text, {1, 2, 3, 5}))
+    report.anchors.push_back(
+        {score.order == 1 ? "unigram" : fmt::format("order {}", score.order), score.bits_per_byte});
 }
 
 // The text a drafter wrote after the first prompt, piece by piece as its steps gained it.
@@ -122,6 +134,11 @@ void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::pa
   progress(fmt::format("validation: perplexity {:.2f}, {:.3f} bits per byte over {} tokens",
                        report.validation_perplexity, report.validation_bits_per_byte,
                        report.validation_tokens));
+  add_anchors(loaded, validation, report);
+  std::string found = "n-gram models of the training text, bits per byte:";
+  for (const TextAnchor& anchor : report.anchors)
+    found += fmt::format(" {} {:.3f}", anchor.model, anchor.bits_per_byte);
+  progress(found);
   add_decoding(ctx, loaded, validation, progress, report);
   report.training = read_training(run);
   write_whole(output / "report.html", report_html(report));
