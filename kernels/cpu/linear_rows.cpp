@@ -68,8 +68,7 @@ HWY_NOINLINE void multiply(const Work<T>& work, int64_t strip, int64_t row) {
   for (int64_t i = 0; i < in; ++i) {
     for (int s = 0; s < kStrips; ++s) {
       // Reads that wait for memory are asked for early: a hardware prefetcher stops at every page.
-      if (kRows <= 4)
-        __builtin_prefetch(weights[s] + (i + kAhead) * kPanelRows + (i + kAhead < in ? 0 : next));
+      __builtin_prefetch(weights[s] + (i + kAhead) * kPanelRows + (i + kAhead < in ? 0 : next));
       const V w0 = load(d, weights[s] + i * kPanelRows, Whole{});
       const V w1 = load(d, weights[s] + i * kPanelRows + kLanes, Whole{});
       for (int r = 0; r < kRows; ++r) {
