@@ -115,5 +115,3 @@ BENCHMARK(decode)
     ->UseRealTime();
 
 }  // namespace
-
-BENCHMARK_MAIN();

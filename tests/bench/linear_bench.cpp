@@ -175,11 +175,3 @@ void decode_shapes(benchmark::internal::Benchmark* b) {
 BENCHMARK(decode_step)->Apply(decode_shapes);
 
 }  // namespace
-
-int main(int argc, char** argv) {
-  benchmark::Initialize(&argc, argv);
-  benchmark::AddCustomContext("device", kernels::describe({}));
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
-  benchmark::RunSpecifiedBenchmarks();
-  return 0;
-}

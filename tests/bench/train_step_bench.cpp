@@ -71,5 +71,3 @@ BENCHMARK_CAPTURE(training_step, fp32, "fp32")
     ->MinTime(5);
 
 }  // namespace
-
-BENCHMARK_MAIN();

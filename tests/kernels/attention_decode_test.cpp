@@ -1,6 +1,5 @@
 // Decoding: a row's result is the same bits alone, in a chain or in a tree, whatever happened before.
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <map>
 #include <random>
@@ -10,6 +9,7 @@
 #include "kernels/ops/linear_attention.h"
 #include "kernels/ops/softmax_attention.h"
 #include "tests/kernels/attention_oracle.h"
+#include "tests/support/instruction_sets.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -358,10 +358,8 @@ TEST_P(DecodeKinds, BatchedSequencesDoNotTouchEachOther) {
 }
 
 TEST_P(DecodeKinds, EveryInstructionSetIsRowInvariant) {
-  for (int64_t target : {HWY_AVX2, HWY_AVX3}) {
-    hwy::SetSupportedTargetsForTest(0);
-    if ((hwy::SupportedTargets() & target) == 0) continue;
-    hwy::SetSupportedTargetsForTest(target);
+  support::with_each_instruction_set([&](const char* set) {
+    SCOPED_TRACE(set);
     std::mt19937 random(4);
     Decoder before(GetParam(), {2, 1, 64}, DType::bf16, {0});
     before.plain(tokens_from(0, 37));
@@ -372,8 +370,7 @@ TEST_P(DecodeKinds, EveryInstructionSetIsRowInvariant) {
       Decoder alone = before;
       ASSERT_EQ(rows[i], alone.plain(tokens_of(tree, path_to(tree, static_cast<int>(i)))));
     }
-  }
-  hwy::SetSupportedTargetsForTest(0);
+  });
 }
 
 TEST(AttentionDecode, ErrorsNameTheSequence) {

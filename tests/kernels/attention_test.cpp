@@ -1,6 +1,5 @@
 // Training attention: against definitions in fp64, and against itself where two ways must agree.
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <limits>
 #include <numeric>
@@ -9,6 +8,7 @@
 #include "kernels/ops/linear_attention.h"
 #include "kernels/ops/softmax_attention.h"
 #include "tests/kernels/attention_oracle.h"
+#include "tests/support/instruction_sets.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -107,10 +107,8 @@ TEST_P(AttentionKinds, ForwardIsTheDefinitionForRaggedPackedSequences) {
 }
 
 TEST_P(AttentionKinds, EveryInstructionSetComputesTheSame) {
-  for (int64_t target : {HWY_AVX2, HWY_AVX3}) {
-    hwy::SetSupportedTargetsForTest(0);
-    if ((hwy::SupportedTargets() & target) == 0) continue;
-    hwy::SetSupportedTargetsForTest(target);
+  support::with_each_instruction_set([&](const char* set) {
+    SCOPED_TRACE(set);
     Attention a(GetParam(), {2, 1, 24}, {0, 70, 100}, DType::f32);
     a.forward();
     a.backward();
@@ -128,8 +126,7 @@ TEST_P(AttentionKinds, EveryInstructionSetComputesTheSame) {
       for (size_t i = 0; i < wanted->values().size(); i += 37)
         ASSERT_NEAR(given->values()[i], wanted->values()[i], 1000 * 0x1p-24 * largest);
     }
-  }
-  hwy::SetSupportedTargetsForTest(0);
+  });
 }
 
 TEST_P(AttentionKinds, PackedEqualsSeparateBitForBit) {
