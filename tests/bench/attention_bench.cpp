@@ -77,7 +77,7 @@ void train(benchmark::State& state) {
 }
 BENCHMARK(train)
     ->ArgNames({"linear", "backward", "sequences", "length"})
-    ->ArgsProduct({{0, 1}, {0, 1}, {1}, {256, 512, 1024, 2048, 4096, 8192, 16384}})
+    ->ArgsProduct({{0, 1}, {0, 1}, {1}, {64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384}})
     ->ArgsProduct({{0, 1}, {0, 1}, {8}, {256}})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
