@@ -19,11 +19,21 @@ using Progress = std::function<void(const std::string&, double)>;
 
 constexpr size_t kNamedSkips = 10;
 
+// Whether a byte of UTF-8 continues a character.
+bool in_character(char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; }
+
 void note_skips(PrepareSummary& summary, const std::vector<std::string>& skipped) {
   for (const std::string& line : skipped) {
     ++summary.skipped;
     if (summary.skipped_files.size() < kNamedSkips) summary.skipped_files.push_back(line);
   }
+}
+
+// Keeps at most `size` bytes, in whole characters.
+void cut_text(Document& document, size_t size) {
+  while (size > 0 && size < document.text.size() && in_character(document.text[size])) --size;
+  document.text.resize(std::min(size, document.text.size()));
+  document.prompt = std::min(document.prompt, static_cast<int64_t>(document.text.size()));
 }
 
 std::vector<Document> read_files(const std::vector<std::filesystem::path>& files, const PrepareParams& params,
@@ -40,13 +50,16 @@ std::vector<Document> read_files(const std::vector<std::filesystem::path>& files
     }
     note_skips(summary, result.skipped);
     for (Document& document : result.documents) {
-      const auto size = static_cast<int64_t>(document.text.size());
-      if (max_bytes > 0 && bytes + size > max_bytes && bytes > 0) {
+      const auto left = static_cast<size_t>(max_bytes - bytes);
+      if (max_bytes > 0 && document.text.size() > left) {
         bytes = max_bytes;
-        break;
+        if (!documents.empty()) break;
+        cut_text(document, left);
+      } else {
+        bytes += static_cast<int64_t>(document.text.size());
       }
-      bytes += size;
-      documents.push_back(std::move(document));
+      if (!document.text.empty()) documents.push_back(std::move(document));
+      if (bytes == max_bytes && max_bytes > 0) break;
     }
     if (progress && i % 64 == 0) progress("read", static_cast<double>(i) / static_cast<double>(files.size()));
   }
@@ -98,7 +111,7 @@ void split_document(Collection& collection, double fraction) {
   if (line != std::string::npos && line + 1 < whole.text.size()) {
     cut = line + 1;
   } else {
-    while (cut > 0 && (static_cast<unsigned char>(whole.text[cut]) & 0xC0) == 0x80) --cut;
+    while (cut > 0 && in_character(whole.text[cut])) --cut;
   }
   if (cut == 0 || cut >= whole.text.size() || whole.weighted) return;
   collection.validation.push_back({.name = whole.name + " (end)", .text = whole.text.substr(cut)});

@@ -20,7 +20,9 @@ struct PrepareParams {
   // Files, folders or globs that all go to validation, whether `inputs` has them or not; then the fraction is
   // not used.
   std::vector<std::string> validation_inputs;
-  int64_t max_bytes = 0;   // stop after this much text of `inputs`; 0 takes all
+  // Stop before the document that would exceed this much text of `inputs` (the first one is cut); 0 takes
+  // all.
+  int64_t max_bytes = 0;
   bool overwrite = false;  // replace `output` if it is a prepared folder; anything else is never removed
 };
 

@@ -220,6 +220,11 @@ TEST(Prepare, StopsAfterMaxBytes) {
   params.max_bytes = 3500;
   const auto summary = prepare(params, {});
   EXPECT_EQ(summary.train_bytes + summary.validation_bytes, 3000);
+  params.overwrite = true;
+  params.max_bytes = 301;
+  params.inputs = {scratch.write("long.txt", "\u00e9" + std::string(600, 'x') + "\n")};
+  const auto cut = prepare(params, {});
+  EXPECT_EQ(cut.train_bytes + cut.validation_bytes, 301);
 }
 
 TEST(Prepare, IsReproducible) {
