@@ -145,8 +145,8 @@ TEST_F(Evaluate, GenerateGivesTheSameTextWithEveryDrafter) {
   options.prompt = "int value = ";
   options.max_tokens = 60;
   std::string streamed;
-  const Generated plain =
-      generate(kernels::Context{}, loaded, options, [&](const std::string& text) { streamed += text; });
+  const Generated plain = generate(kernels::Context{}, loaded, options,
+                                   [&](const std::string& text, int64_t) { streamed += text; });
   EXPECT_EQ(streamed, plain.text);
   EXPECT_GT(plain.text.size(), 0u);
   for (const DrafterKind& kind : drafters()) {

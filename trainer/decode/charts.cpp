@@ -48,7 +48,7 @@ std::string short_number(double value) {
 
 namespace {
 
-constexpr double kWidth = 720, kLeft = 62, kRight = 14, kTop = 10, kBottom = 44, kPlot = 230;
+constexpr double kWidth = 720, kLeft = 78, kRight = 14, kTop = 10, kBottom = 44, kPlot = 230;
 constexpr int kColours = 6;
 
 struct Axis {
@@ -174,10 +174,11 @@ std::string to_svg(const LineChart& chart) {
                  chart.powers_of_two ? short_number(std::exp2(v)) : short_number(v));
   }
   for (double v : ticks(x.low, x.high, 8))
-    body += text(x.at(v), kTop + kPlot + 18, "middle", short_number(v));
+    if (!chart.dots || v == std::floor(v))
+      body += text(x.at(v), kTop + kPlot + 18, "middle", short_number(v));
   body += text((kLeft + kWidth - kRight) / 2, kTop + kPlot + 38, "middle", chart.x_label);
   body += text(0, 0, "middle", chart.y_label,
-               fmt::format("transform='translate(14 {:.0f}) rotate(-90)'", kTop + kPlot / 2));
+               fmt::format("transform='translate(16 {:.0f}) rotate(-90)'", kTop + kPlot / 2));
   for (double mark : chart.marks)
     body += line(x.at(mark), kTop, x.at(mark), kTop + kPlot, "stroke='var(--mark)' stroke-dasharray='3 3'");
   for (size_t i = 0; i < drawn.series.size(); ++i)
@@ -190,7 +191,7 @@ std::string to_svg(const LineChart& chart) {
 }
 
 std::string to_svg(const BarChart& chart) {
-  constexpr double kRow = 28, kLabels = 232, kNotes = 120;
+  constexpr double kRow = 28, kLabels = 200, kNotes = 140;
   double most = chart.reference;
   for (const Bar& bar : chart.bars) {
     double sum = 0;

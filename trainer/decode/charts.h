@@ -22,7 +22,7 @@ struct LineChart {
   std::string mark_name;
   bool from_zero = false;      // of y
   bool powers_of_two = false;  // y on a logarithmic scale
-  bool dots = false;
+  bool dots = false;           // and whole numbers below
 };
 std::string to_svg(const LineChart& chart);
 

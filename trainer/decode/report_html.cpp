@@ -19,7 +19,7 @@ constexpr const char* kStyle = R"css(
 --c0:#5598e7;--c1:#ef8354;--c2:#35c48f;--c3:#dba520;--c4:#e087b0;--c5:#9085e9;
 --g2:#16365c;--g3:#1f5596;--g4:#6b4310;--g5:#a05f08}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:24px 20px 60px;max-width:820px;background:var(--paper);color:var(--ink);
+body{margin:0 auto;padding:24px 20px 60px;max-width:960px;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:1.7em;margin:0 0 4px}h2{font-size:1.2em;margin:44px 0 6px}
 p{margin:6px 0}.soft,figcaption{color:var(--soft);font-size:.92em}
@@ -91,11 +91,12 @@ std::string speedups(const Report& report) {
   chart.reference = 1;
   for (const ReportResult& r : report.results)
     if (r.drafter != "none")
-      chart.bars.push_back({label(r),
-                            fmt::format("{:.2f}x, {} drafts", r.speedup.median, r.drafts),
-                            {r.speedup.median},
-                            r.speedup.low,
-                            r.speedup.high});
+      chart.bars.push_back(
+          {label(r),
+           fmt::format("{:.2f}x, {} draft{}", r.speedup.median, r.drafts, r.drafts == 1 ? "" : "s"),
+           {r.speedup.median},
+           r.speedup.low,
+           r.speedup.high});
   return section(
       "How much faster",
       fmt::format("Bars show the median of {} interleaved rounds over {} held-out prompts of {} tokens, up "
@@ -155,7 +156,7 @@ std::string time_split(const Report& report) {
   for (const ReportResult& r : report.results) {
     const PhaseTimes& t = r.time_ms;
     chart.bars.push_back({label(r),
-                          fmt::format("{:.3f} ms, {:.2f} tok", t.total(), r.mean_accepted_length),
+                          fmt::format("{:.3f} ms, {:.2f} tokens", t.total(), r.mean_accepted_length),
                           {t.draft, t.verify, t.sample, t.commit},
                           0,
                           0});

@@ -120,32 +120,32 @@ std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& all, int
 
 namespace {
 
-void run_round(Decoder& decoder, Trial& trial, const std::vector<std::vector<int32_t>>& prompts,
-               const std::vector<DecodedSequence>& reference) {
-  double seconds = 0;
-  int64_t tokens = 0;
-  std::vector<DecodedSequence> texts;
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    const DecodeRun run = decoder.run({&prompts[i], 1}, trial.settings, trial.engine.get());
-    seconds += run.seconds();
-    tokens += run.tokens;
-    trial.first_token_ms.push_back(run.prefill_seconds * 1e3);
-    trial.totals.add(run);
-    if (!reference.empty())
-      trial.identical = trial.identical && run.sequences[0].tokens == reference[i].tokens;
-    texts.push_back(run.sequences[0]);
-  }
-  trial.tokens_per_second.push_back(seconds > 0 ? static_cast<double>(tokens) / seconds : 0);
-  trial.texts = std::move(texts);
+// Decodes one prompt and returns what it took.
+DecodeRun run_prompt(Decoder& decoder, Trial& trial, const std::vector<int32_t>& prompt, size_t number,
+                     const std::vector<DecodedSequence>& reference) {
+  DecodeRun run = decoder.run({&prompt, 1}, trial.settings, trial.engine.get());
+  trial.first_token_ms.push_back(run.prefill_seconds * 1e3);
+  trial.totals.add(run);
+  trial.texts.resize(std::max(trial.texts.size(), number + 1));
+  trial.texts[number] = run.sequences[0];
+  trial.identical = trial.identical && trial.texts[number].tokens == reference[number].tokens;
+  return run;
 }
 
 }  // namespace
 
+// Every way decodes a prompt before the next one: a slow moment of the machine meets all of them.
 void run_trials(Decoder& decoder, std::vector<Trial>& trials,
                 const std::vector<std::vector<int32_t>>& prompts, int64_t rounds,
                 const std::function<void(const std::string&)>& progress) {
   for (int64_t round = 0; round < rounds; ++round) {
-    for (Trial& trial : trials) run_round(decoder, trial, prompts, trials.front().texts);
+    std::vector<DecodeRun> sums(trials.size());
+    for (size_t p = 0; p < prompts.size(); ++p)
+      for (size_t t = 0; t < trials.size(); ++t)
+        sums[t].add(run_prompt(decoder, trials[t], prompts[p], p, trials.front().texts));
+    for (size_t t = 0; t < trials.size(); ++t)
+      trials[t].tokens_per_second.push_back(
+          sums[t].seconds() > 0 ? static_cast<double>(sums[t].tokens) / sums[t].seconds() : 0);
     progress(fmt::format("decoding: round {} of {}, {} ways of decoding, {} prompts", round + 1, rounds,
                          trials.size(), prompts.size()));
   }

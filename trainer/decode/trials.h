@@ -22,7 +22,7 @@ struct Trial {
   std::unique_ptr<Drafter> engine;
 
   // Filled by run_trials.
-  std::vector<double> tokens_per_second;  // of each round
+  std::vector<double> tokens_per_second;  // of each round, over all prompts
   std::vector<double> first_token_ms;     // of each prompt and round
   DecodeRun totals;                       // counts and times over all prompts and rounds
   std::vector<DecodedSequence> texts;     // of each prompt, last round
