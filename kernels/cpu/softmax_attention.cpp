@@ -43,7 +43,7 @@ void softmax_tile(bool diagonal, int64_t rows, int64_t cols, A* l, A* maximum, A
     auto total = hn::Zero(d);
     for (int64_t c = 0; c < padded(n); c += lanes) {
       const auto seen = hn::FirstN(d, static_cast<size_t>(std::max<int64_t>(n - c, 0)));
-      const auto p = hn::IfThenElseZero(seen, exp_short(d, hn::Sub(hn::LoadU(d, row + c), top)));
+      const auto p = hn::IfThenElseZero(seen, exponential(d, hn::Sub(hn::LoadU(d, row + c), top)));
       total = hn::Add(total, p);
       hn::StoreU(p, d, row + c);
     }
@@ -64,8 +64,8 @@ void probabilities_tile(bool diagonal, int64_t rows, int64_t cols, A* l, const A
     for (int64_t c = 0; c < padded(n); c += static_cast<int64_t>(hn::Lanes(d))) {
       A* at = l + i * kTile + c;
       const auto seen = hn::FirstN(d, static_cast<size_t>(std::max<int64_t>(n - c, 0)));
-      hn::StoreU(hn::IfThenElseZero(seen, exp_short(d, hn::Sub(hn::LoadU(d, at), hn::Set(d, log_sum[i])))), d,
-                 at);
+      hn::StoreU(hn::IfThenElseZero(seen, exponential(d, hn::Sub(hn::LoadU(d, at), hn::Set(d, log_sum[i])))),
+                 d, at);
     }
   }
 }

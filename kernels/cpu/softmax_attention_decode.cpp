@@ -31,7 +31,7 @@ A softmax_list(A* x, int64_t count) {
   for (int64_t t = lanes; t < padded(count); t += lanes) peak = hn::Max(peak, hn::LoadU(d, x + t));
   peak = hn::MaxOfLanes(d, peak);
   for (int64_t t = 0; t < padded(count); t += lanes)
-    hn::StoreU(exp_short(d, hn::Sub(hn::LoadU(d, x + t), peak)), d, x + t);
+    hn::StoreU(exponential(d, hn::Sub(hn::LoadU(d, x + t), peak)), d, x + t);
   return sum_list(x, count);
 }
 

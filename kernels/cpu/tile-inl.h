@@ -176,35 +176,11 @@ inline int64_t visible(bool diagonal, int64_t i, int64_t cols) {
   return diagonal ? std::min(cols, i + 1) : cols;
 }
 
-// e^x for x up to about 80; 0 below -87; NaN stays. Half the work of the general function, within 2 units in
-// the last place (fp32): x = n ln 2 + r, e^x = 2^n (1 + r + r^2 p(r)) with p interpolated at Chebyshev nodes.
-HWY_INLINE hn::Vec<hn::ScalableTag<float>> exp_short(hn::ScalableTag<float> d,
-                                                     hn::Vec<hn::ScalableTag<float>> x) {
-  const hn::RebindToSigned<decltype(d)> bits;
-  const auto lowest = hn::Set(d, -87.0f), magic = hn::Set(d, 0x1.8p23f);  // adding it rounds to an integer
-  const auto t = hn::Max(lowest, x);  // the second operand, should either be NaN
-  const auto shifted = hn::MulAdd(t, hn::Set(d, 1.44269504f), magic), n = hn::Sub(shifted, magic);
-  auto r = hn::NegMulAdd(n, hn::Set(d, 0x1.62e4p-1f), t);
-  r = hn::NegMulAdd(n, hn::Set(d, 0x1.7f7d1cp-20f), r);
-  auto p = hn::MulAdd(r, hn::Set(d, 0.0013926184f), hn::Set(d, 0.008363179f));
-  p = hn::MulAdd(r, p, hn::Set(d, 0.041666556f));
-  p = hn::MulAdd(r, p, hn::Set(d, 0.16666576f));
-  p = hn::MulAdd(r, p, hn::Set(d, 0.5f));
-  p = hn::MulAdd(hn::Mul(r, r), p, r);
-  const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(bits, shifted)), hn::Set(bits, 127 << 23));
-  const auto scale = hn::BitCast(d, power);
-  return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::MulAdd(p, scale, scale));
-}
-HWY_INLINE hn::Vec<hn::ScalableTag<double>> exp_short(hn::ScalableTag<double> d,
-                                                      hn::Vec<hn::ScalableTag<double>> x) {
-  return exponential(d, x);
-}
-
 // elu(x) + 1: x + 1 above zero and e^x below. In the maximum the second operand is what comes out when either
 // is NaN.
 template <class D>
 HWY_INLINE hn::Vec<D> feature(D d, hn::Vec<D> x) {
-  return hn::Add(exp_short(d, hn::Min(x, hn::Zero(d))), hn::Max(hn::Zero(d), x));
+  return hn::Add(exponential(d, hn::Min(x, hn::Zero(d))), hn::Max(hn::Zero(d), x));
 }
 
 // phi of the first `width` columns of each row, in place.
