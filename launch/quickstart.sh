@@ -18,9 +18,9 @@ stage() {
 # code that no training file comes from.
 include=/usr/include
 training=("$include/c++" "$include/linux" "$include/asm-generic" "$include/x86_64-linux-gnu" "$include/hdf5"
-  "$include/google" "$include/boost/asio" "$include/boost/beast" "$include/boost/math" "$include/boost/geometry"
+  "$include/boost/asio" "$include/boost/beast" "$include/boost/math" "$include/boost/geometry"
   "$include/boost/spirit" "$include/boost/container" "$include/boost/intrusive" "$include/boost/log")
-held_out=("$include/fmt" "$include/nlohmann" "$include/gtest" "$include/hwy" "$include/boost/json")
+held_out=("$include/fmt" "$include/nlohmann" "$include/gtest" "$include/hwy")
 
 present() {
   for path in "$@"; do
