@@ -5,6 +5,7 @@
 
 #include "kernels/core/parallel.h"
 #include "kernels/core/philox.h"
+#include "tests/support/tiny_model.h"
 #include "trainer/model/model.h"
 
 namespace trainer::decode_test {
@@ -16,11 +17,8 @@ struct TinyOptions {
 };
 
 inline configs::Config tiny_config(const TinyOptions& options) {
-  configs::Config config;
-  config.model.layers = 2;
+  configs::Config config = support::tiny_config();
   config.model.width = 32;
-  config.model.heads = 4;
-  config.model.kv_heads = 2;
   config.model.ffn_width = 48;
   config.model.context = options.context;
   config.model.tie_embeddings = false;
@@ -59,12 +57,7 @@ inline std::unique_ptr<Model> tiny_model(const TinyOptions& options) {
 }
 
 inline std::vector<int32_t> random_tokens(int64_t count, uint64_t seed, int64_t vocabulary = 40) {
-  std::vector<int32_t> tokens(count);
-  for (int64_t i = 0; i < count; ++i)
-    tokens[i] =
-        static_cast<int32_t>(kernels::philox(seed, kernels::Purpose::test, static_cast<uint64_t>(i))[0] %
-                             static_cast<uint64_t>(vocabulary));
-  return tokens;
+  return support::random_tokens(count, vocabulary, seed);
 }
 
 }  // namespace trainer::decode_test

@@ -9,20 +9,15 @@
 
 #include "kernels/core/error.h"
 #include "kernels/core/philox.h"
+#include "tests/trainer/decode_statistics.h"
 #include "trainer/decode/tree.h"
 #include "trainer/decode/verifier.h"
 
 namespace trainer {
 namespace {
 
+using decode_test::chi_square_tail;
 using Distribution = std::vector<float>;
-
-// The upper tail of chi-square with n degrees of freedom at x, by Wilson and Hilferty's cube-root
-// approximation; its error is far below the threshold used here.
-double chi_square_tail(double x, double n) {
-  const double z = (std::cbrt(x / n) - (1 - 2 / (9 * n))) / std::sqrt(2 / (9 * n));
-  return 0.5 * std::erfc(z / std::sqrt(2.0));
-}
 
 // Probability of counts at least this far from the expected ones, if they were drawn from them.
 double p_value(const std::map<std::vector<int32_t>, double>& expected,

@@ -39,46 +39,67 @@ data::Batch largest_batch(const data::BatchLoader& loader, int64_t sequences, in
   return batch;
 }
 
+// The forward with losses, its memory sized for the largest batch.
+class Evaluator {
+ public:
+  Evaluator(const Context& ctx, const Model& model, const data::BatchLoader& loader, int64_t sequences)
+      : model_(model),
+        ctx_(ctx),
+        saved_("evaluation saved", ctx.device),
+        scratch_("evaluation scratch", ctx.device),
+        inputs_("evaluation batch", ctx.device),
+        losses_(model.losses().size()) {
+    ctx_.scratch = &scratch_;
+    ctx_.rehearsal = true;
+    allocate();
+    model.evaluate(ctx_, upload(largest_batch(loader, sequences, model.offsets()), ctx.device, inputs_),
+                   saved_, sums_);
+    ctx_.rehearsal = false;
+    for (kernels::Arena* arena : {&saved_, &scratch_, &inputs_}) arena->place();
+    allocate();
+  }
+
+  // Weighted sums of the losses.
+  const std::vector<double>& run(const data::Batch& batch) {
+    const kernels::ArenaScope scope(inputs_);
+    std::fill(losses_.begin(), losses_.end(), 0.0);
+    kernels::copy_bytes(sums_.data, ctx_.device, losses_.data(), {}, sums_.bytes());
+    model_.evaluate(ctx_, upload(batch, ctx_.device, inputs_), saved_, sums_);
+    kernels::copy_bytes(losses_.data(), {}, sums_.data, ctx_.device, sums_.bytes());
+    return losses_;
+  }
+
+ private:
+  void allocate() {
+    sums_ = inputs_.allocate("losses", DType::f64, {static_cast<int64_t>(model_.losses().size())});
+  }
+
+  const Model& model_;
+  Context ctx_;
+  kernels::Arena saved_, scratch_, inputs_;
+  Tensor sums_;
+  std::vector<double> losses_;
+};
+
 }  // namespace
 
-Perplexity measure_perplexity(const Context& given, const LoadedModel& loaded,
+Perplexity measure_perplexity(const Context& ctx, const LoadedModel& loaded,
                               const data::TokenDataset& dataset, int64_t max_batches) {
   const Model& model = *loaded.model;
-  const configs::Config& config = loaded.config;
-  const int64_t count = static_cast<int64_t>(model.losses().size());
   data::LoaderParams params;
-  params.batch = params.micro_batch = config.train.micro_batch;
-  params.context = config.model.context;
+  params.batch = params.micro_batch = loaded.config.train.micro_batch;
+  params.context = loaded.config.model.context;
   params.offsets = model.offsets();
   const data::BatchLoader loader(dataset, params);
+  Evaluator evaluator(ctx, model, loader, params.micro_batch);
 
-  kernels::Arena saved("evaluation saved", given.device), scratch("evaluation scratch", given.device),
-      inputs("evaluation batch", given.device);
-  Context ctx = given;
-  ctx.scratch = &scratch;
-  std::vector<double> sums(count), batch_sums(count), weights(model.offsets());
-  const Tensor sums_on_device = [&] {
-    const data::Batch largest = largest_batch(loader, params.micro_batch, params.offsets);
-    ctx.rehearsal = true;
-    const Tensor out = inputs.allocate("losses", DType::f64, {count});
-    model.evaluate(ctx, upload(largest, given.device, inputs), saved, out);
-    ctx.rehearsal = false;
-    saved.place();
-    scratch.place();
-    inputs.place();
-    return inputs.allocate("losses", DType::f64, {count});
-  }();
-
+  std::vector<double> sums(model.losses().size()), weights(params.offsets);
   int64_t batches = 0;
   for (const auto& samples : loader.all_micro_batches()) {
     if (max_batches > 0 && batches++ == max_batches) break;
     const data::Batch batch = loader.load(samples);
-    const kernels::ArenaScope scope(inputs);
-    std::fill(batch_sums.begin(), batch_sums.end(), 0.0);
-    kernels::copy_bytes(sums_on_device.data, given.device, batch_sums.data(), {}, sums_on_device.bytes());
-    model.evaluate(ctx, upload(batch, given.device, inputs), saved, sums_on_device);
-    kernels::copy_bytes(batch_sums.data(), {}, sums_on_device.data, given.device, sums_on_device.bytes());
-    for (int64_t i = 0; i < count; ++i) sums[i] += batch_sums[i];
+    const std::vector<double>& losses = evaluator.run(batch);
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += losses[i];
     for (int64_t k = 0; k < params.offsets; ++k)
       for (int64_t i = 0; i < batch.rows(); ++i) weights[k] += batch.weights[k * batch.rows() + i];
   }
@@ -88,17 +109,16 @@ Perplexity measure_perplexity(const Context& given, const LoadedModel& loaded,
     throw kernels::DataError(
         "the validation split holds no text to predict: prepare with a larger "
         "--val-fraction");
-  for (int64_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < sums.size(); ++i) {
     const double weight = weights[model.losses()[i].offset];
     result.losses.push_back(weight > 0 ? sums[i] / weight : 0);
   }
   result.tokens = static_cast<int64_t>(weights[0]);
   result.loss = result.losses[0];
   result.perplexity = std::exp(result.loss);
-  // Every token of a document but its first is predicted; the bytes are those of the whole text.
+  // Every token of a document but its first is predicted; the dataset's bytes are those behind them.
   const double predicted = static_cast<double>(dataset.tokens() - dataset.documents());
-  result.bits_per_byte = result.loss / std::log(2.0) * std::max(predicted, 1.0) /
-                         static_cast<double>(std::max<int64_t>(dataset.bytes(), 1));
+  result.bits_per_byte = result.loss / std::log(2.0) * predicted / static_cast<double>(dataset.bytes());
   return result;
 }
 

@@ -1,12 +1,11 @@
 #include "trainer/decode/report.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "data/files.h"
 #include "kernels/core/error.h"
 #include "trainer/decode/evaluate.h"
 
@@ -126,31 +125,24 @@ std::string report_json(const Report& report) {
 void write_whole(const std::filesystem::path& file, const std::string& contents) {
   std::filesystem::path temporary = file;
   temporary += ".tmp";
-  const auto fail = [&](const std::string& what) {
-    std::error_code ignored;
-    std::filesystem::remove(temporary, ignored);
-    throw kernels::DataError("cannot write " + file.string() + " (" + what +
-                             "): check permissions and free space");
-  };
   std::error_code error;
+  const auto check = [&](const std::filesystem::path& path) {
+    if (error)
+      throw kernels::DataError("cannot write " + path.string() + " (" + error.message() +
+                               "): check permissions and free space");
+  };
   if (!file.parent_path().empty()) std::filesystem::create_directories(file.parent_path(), error);
-  if (error) fail(error.message());
-  const int fd = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd < 0) fail(std::generic_category().message(errno));
-  size_t done = 0;
-  int failed = 0;
-  while (done < contents.size() && failed == 0) {
-    const ssize_t n = ::write(fd, contents.data() + done, contents.size() - done);
-    if (n < 0)
-      failed = errno;
-    else
-      done += static_cast<size_t>(n);
+  check(file.parent_path());
+  std::filesystem::remove(temporary, error);
+  check(temporary);
+  try {
+    data::write_file(temporary, {contents});
+  } catch (...) {
+    std::filesystem::remove(temporary, error);
+    throw;
   }
-  if (failed == 0 && ::fsync(fd) != 0) failed = errno;
-  if (::close(fd) != 0 && failed == 0) failed = errno;
-  if (failed != 0) fail(std::generic_category().message(failed));
   std::filesystem::rename(temporary, file, error);
-  if (error) fail(error.message());
+  check(file);
 }
 
 namespace {
