@@ -344,6 +344,23 @@ TEST(Drafters, NgramFindsTheLongestAndLatest) {
   EXPECT_EQ(index.find(text), -1);
 }
 
+// A text that repeats is drafted as far as wanted, beyond its end.
+TEST(Drafters, NgramGoesOnRepeating) {
+  DrafterParams params;
+  params.capacity = 64;
+  NgramDrafter drafter(params);
+  const std::vector<int32_t> text = {5, 1, 2, 1, 2, 1, 2};
+  SequenceView view;
+  view.tokens = text;
+  view.max_depth = view.max_drafts = 10;
+  DraftTree tree;
+  tree.clear(text.back());
+  drafter.observe({}, 0, view, {}, {}, 0);
+  drafter.propose({}, {&view, 1}, {}, {&tree, 1});
+  ASSERT_EQ(tree.drafts(), 4);
+  for (int node = 1; node <= 4; ++node) EXPECT_EQ(tree.token(node), node % 2 ? 1 : 2);
+}
+
 // What a hash table of the index says equals a search through the text.
 TEST(Drafters, NgramAgreesWithASearch) {
   const std::vector<int32_t> text = random_tokens(400, 77, 5);

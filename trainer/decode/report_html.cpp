@@ -19,7 +19,7 @@ constexpr const char* kStyle = R"css(
 --c0:#5598e7;--c1:#ef8354;--c2:#35c48f;--c3:#dba520;--c4:#e087b0;--c5:#9085e9;
 --g2:#16365c;--g3:#1f5596;--g4:#6b4310;--g5:#a05f08}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:24px 20px 60px;max-width:960px;background:var(--paper);color:var(--ink);
+body{margin:0 auto;padding:24px 20px 60px;max-width:1000px;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:1.7em;margin:0 0 4px}h2{font-size:1.2em;margin:44px 0 6px}
 p{margin:6px 0}.soft,figcaption{color:var(--soft);font-size:.92em}
@@ -29,8 +29,8 @@ svg{width:100%;height:auto;display:block;font:12px system-ui,sans-serif}svg text
 .cards{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}
 .cards div{flex:1 1 150px;border:1px solid var(--grid);border-radius:8px;padding:10px 14px}
 .cards b{display:block;font-size:1.5em;font-weight:600}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86em;width:100%}
-th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.82em;width:100%}
+th,td{padding:5px 6px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 pre{white-space:pre-wrap;word-break:break-word;border:1px solid var(--grid);border-radius:8px;padding:14px;
 font:13px/1.6 ui-monospace,"SFMono-Regular",Consolas,monospace}

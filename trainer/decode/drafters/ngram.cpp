@@ -62,9 +62,10 @@ void NgramDrafter::propose(const Context&, std::span<const SequenceView> sequenc
     if (!view.active) continue;
     const int64_t from = indices_[b].find(view.tokens);
     if (from < 0) continue;
+    // Where the earlier occurrence overlaps the end, the text repeats: so do the drafts.
     const int64_t known = static_cast<int64_t>(view.tokens.size()) - from;
-    const int64_t count = std::min({drafts_, view.max_depth, view.max_drafts, known});
-    for (int64_t i = 0; i < count; ++i) trees[b].add(static_cast<int>(i), view.tokens[from + i]);
+    const int64_t count = std::min({drafts_, view.max_depth, view.max_drafts});
+    for (int64_t i = 0; i < count; ++i) trees[b].add(static_cast<int>(i), view.tokens[from + i % known]);
   }
 }
 
