@@ -168,7 +168,7 @@ PrepareSummary prepare(const PrepareParams& params, const Progress& progress) {
   });
   PrepareSummary summary;
   const Collection documents = collect_documents(params, summary, progress);
-  check_free_space(folder.path(), least_bytes(documents));
+  check_free_space(folder.path().parent_path(), least_bytes(documents));
   report("tokenizer", 0);
   const auto tokenizer = choose_tokenizer(params.tokenizer, documents.train);
   DatasetDescription description{tokenizer->hash(), tokenizer->vocabulary(), {}};
@@ -177,7 +177,8 @@ PrepareSummary prepare(const PrepareParams& params, const Progress& progress) {
   for (const auto& [split, texts] : splits) {
     const std::vector<Encoded> encoded = encode(*tokenizer, *texts, progress);
     report("write", 0);
-    check_free_space(folder.path(), bytes_needed(encoded, tokenizer->vocabulary(), weighted(*texts)));
+    check_free_space(folder.path().parent_path(),
+                     bytes_needed(encoded, tokenizer->vocabulary(), weighted(*texts)));
     SplitWriter writer(folder.path(), split, *tokenizer, weighted(*texts));
     for (size_t i = 0; i < texts->size(); ++i) writer.add((*texts)[i], encoded[i]);
     description.splits[split] = writer.finish();
