@@ -5,7 +5,7 @@ The model is the one Foretell trains: pre-norm blocks with RMSNorm, RoPE, softma
 with its normaliser, as products of matrices over chunks), SwiGLU, tied embeddings, Medusa heads that share the
 unembedding, DeepSeek-style MTP depths, AdamW with clipping. Everything is FP32.
 
-Set-up, from PyPI (the CPU wheel is smaller: add --index-url https://download.pytorch.org/whl/cpu):
+Set-up, from PyPI:
 
     python3 -m venv peers && peers/bin/pip install torch numpy
     taskset -c 0,1 peers/bin/python tests/bench/peers/pytorch_train.py --threads 2
