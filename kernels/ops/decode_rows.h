@@ -26,8 +26,8 @@ struct CommitPath {
   Tensor lengths;  // (B) int32: tokens committed before this step
 };
 
-// Shapes and types of a step of `count` rows, of a path, and of q (N, H, D) with k, v (N, Hk, D); a ShapeError
-// names the operation.
+// Shapes and types of a step of `count` rows, of a path, and of q (N, H, D) with k, v (N, Hk, D); a
+// ShapeError names the operation.
 void check_decode_rows(const char* operation, const DecodeRows& rows, int64_t count, int64_t sequences);
 void check_commit_path(const char* operation, const CommitPath& path, int64_t sequences);
 void check_attention(const char* operation, const Tensor& q, const Tensor& k, const Tensor& v);
