@@ -18,9 +18,10 @@ stage() {
 # code that no training file comes from.
 include=/usr/include
 training=("$include/c++" "$include/linux" "$include/asm-generic" "$include/x86_64-linux-gnu" "$include/hdf5"
-  "$include/boost/asio" "$include/boost/beast" "$include/boost/math" "$include/boost/geometry"
-  "$include/boost/spirit" "$include/boost/container" "$include/boost/intrusive" "$include/boost/log")
-held_out=("$include/fmt" "$include/nlohmann" "$include/gtest" "$include/hwy")
+  "$include/hwy" "$include/google" "$include"/boost/{asio,beast,math,geometry,spirit,container,intrusive,log,hana}
+  "$include"/boost/{graph,numeric,multiprecision,compute,gil,interprocess,units,thread,polygon,test,range,random})
+held_out=("$include/fmt" "$include/gtest"
+  "$include"/boost/{heap,circular_buffer,coroutine,fiber,signals2,unordered,smart_ptr,variant})
 
 present() {
   for path in "$@"; do
