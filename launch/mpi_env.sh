@@ -13,7 +13,3 @@ export OMPI_MCA_hwloc_base_binding_policy="${OMPI_MCA_hwloc_base_binding_policy:
 export OMPI_MCA_orte_execute_quiet="${OMPI_MCA_orte_execute_quiet:-1}"
 # Containers forbid reading another process's memory, which Open MPI would try and complain about.
 export OMPI_MCA_btl_vader_single_copy_mechanism="${OMPI_MCA_btl_vader_single_copy_mechanism:-none}"
-# mpirun gives its first rank a pseudo-terminal, even when its own output goes into a file: no bars there.
-if [ ! -t 1 ]; then
-  export TERM=dumb
-fi

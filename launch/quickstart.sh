@@ -18,10 +18,10 @@ stage() {
 # code that no training file comes from.
 include=/usr/include
 training=("$include/c++" "$include/linux" "$include/asm-generic" "$include/x86_64-linux-gnu" "$include/hdf5"
-  "$include/hwy" "$include/google" "$include"/boost/{asio,beast,math,geometry,spirit,container,intrusive,log,hana}
-  "$include"/boost/{graph,numeric,multiprecision,compute,gil,interprocess,units,thread,polygon,test,range,random})
-held_out=("$include/fmt" "$include/gtest"
-  "$include"/boost/{heap,circular_buffer,coroutine,fiber,signals2,unordered,smart_ptr,variant})
+  "$include/hwy" "$include/google" "$include/gtest" "$include"/boost/{asio,beast,math,geometry,spirit,container,intrusive}
+  "$include"/boost/{log,hana,graph,numeric,multiprecision,compute,gil,interprocess,units,thread,polygon,test,range,random}
+  "$include"/boost/{coroutine,fiber,smart_ptr,variant})
+held_out=("$include/fmt" "$include"/boost/{heap,circular_buffer,signals2,unordered})
 
 present() {
   for path in "$@"; do

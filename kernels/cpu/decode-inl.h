@@ -17,8 +17,11 @@
 HWY_BEFORE_NAMESPACE();
 namespace kernels::cpu::HWY_NAMESPACE {
 
-// Queries that share a pass over the committed slots: as many as the registers hold.
+// Queries that share a pass over the committed slots: as many as the registers hold. fp64 and odd head sizes
+// take them one by one: they need not be fast, and every count is one more function to compile.
 constexpr int kQueries = HWY_MAX_BYTES >= 64 ? 6 : 2;
+template <class D>
+constexpr int kQueriesOf = sizeof(hn::TFromD<D>) == 4 && hn::MaxLanes(D()) > 1 ? kQueries : 1;
 
 // Stored rows of one head: slot t begins at base + t * stride.
 template <class T>
@@ -155,19 +158,19 @@ HWY_INLINE void with_lanes(int64_t width, Fn&& fn) {
   }
 }
 
-// Calls fn(std::integral_constant<int, count>(), first) for blocks of up to kQueries queries, evenly filled.
-template <int N = kQueries, class Fn>
+// Calls fn(std::integral_constant<int, count>(), first) for blocks of up to kMost queries, evenly filled.
+template <int N, class Fn>
 HWY_INLINE void call_with(int64_t count, int64_t first, Fn& fn) {
   if constexpr (N > 1) {
     if (count < N) return call_with<N - 1>(count, first, fn);
   }
   fn(std::integral_constant<int, N>(), first);
 }
-template <class Fn>
+template <int kMost, class Fn>
 HWY_INLINE void for_query_blocks(int64_t queries, Fn&& fn) {
-  const int64_t blocks = (queries + kQueries - 1) / kQueries;
+  const int64_t blocks = (queries + kMost - 1) / kMost;
   for (int64_t i = 0; i < blocks; ++i)
-    call_with(queries * (i + 1) / blocks - queries * i / blocks, queries * i / blocks, fn);
+    call_with<kMost>(queries * (i + 1) / blocks - queries * i / blocks, queries * i / blocks, fn);
 }
 
 }  // namespace kernels::cpu::HWY_NAMESPACE

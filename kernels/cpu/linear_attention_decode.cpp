@@ -94,7 +94,8 @@ void LinearDecode(const LinearDecodeTask& t) {
     append_rows<T>(t.v, s, t.key_head, t.state.recent_v);
     const int64_t queries = s.rows * (t.q.dim(1) / t.k.dim(1));
     with_lanes<A>(t.q.dim(2), [&](auto d) {
-      for_query_blocks(queries, [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
+      for_query_blocks<kQueriesOf<decltype(d)>>(
+          queries, [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
     });
   });
 }

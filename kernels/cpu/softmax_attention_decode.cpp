@@ -77,7 +77,8 @@ void SoftmaxDecode(const SoftmaxDecodeTask& t) {
     append_rows<T>(t.v, t.sequence, t.key_head, t.cache_v);
     const int64_t queries = t.sequence.rows * (t.q.dim(1) / t.k.dim(1));
     with_lanes<acc_t<T>>(t.q.dim(2), [&](auto d) {
-      for_query_blocks(queries, [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
+      for_query_blocks<kQueriesOf<decltype(d)>>(
+          queries, [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
     });
   });
 }

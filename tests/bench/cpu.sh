@@ -29,7 +29,7 @@ if wanted train; then
 fi
 if wanted peer; then
   echo "== training step, PyTorch"
-  for n in 1 "$threads"; do on_cores "$python" tests/bench/peers/pytorch_train.py --threads "$n"; done |
+  for n in 1 "$threads"; do on_cores "$python" tests/bench/peers/pytorch_train.py --attention softmax,linear --kv-heads 2 --threads "$n"; done |
     tee "$results/cpu_train_step_pytorch.jsonl"
 fi
 if wanted quickstart; then

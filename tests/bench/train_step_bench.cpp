@@ -17,6 +17,7 @@ constexpr int64_t kVocabulary = 2048;
 configs::Config quickstart_shapes(const std::filesystem::path& folder, const std::string& compute) {
   configs::Config c =
       configs::load_config(std::string(FORETELL_SOURCE) + "/configs/presets/quickstart.cfg", {});
+  c.train.batch = c.train.micro_batch = 8;  // one micro-batch a step, as the peer
   c.precision.compute = compute;
   c.data.path = (folder / "data").string();
   return c;

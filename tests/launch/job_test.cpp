@@ -157,7 +157,7 @@ TEST_F(Job, MoreRanksThanSamples) {
   const std::string data = (folder_.path() / "small").string();
   const Outcome prepared = foretell("prepare --tokenizer bytes --input " + text + " --output " + data);
   ASSERT_EQ(prepared.exit_code, 0) << prepared.errors;
-  expect_one_line(foretell_ranks(4, train("--set data.path=" + data)), 2, "fewer ranks");
+  expect_one_line(foretell_ranks(2, train("--set data.path=" + data)), 2, "fewer ranks");
   EXPECT_FALSE(fs::exists(run()));
 }
 

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <exception>
 #include <fstream>
 
 #include "data/batch_loader.h"
@@ -58,20 +59,24 @@ class Job {
     check_sizes(config, dataset_, ranks);
   }
 
-  TrainResult run() {
-    const fs::path from = checkpointing_.choose(options_.resume);
+  // Memory, and the weights to begin with.
+  void start() {
+    from_ = checkpointing_.choose(options_.resume);
     model_.parameters().allocate(ctx_.device, compute_dtype(config_), true);
     model_.parameters().initialize(ctx_, static_cast<uint64_t>(config_.train.seed));
-    if (from.empty() && !config_.train.init_from.empty()) take_initial_weights();
-    Stepper stepper(config_, model_, loader_, ranks_, ctx_);
-    if (!from.empty()) progress_ = checkpointing_.restore(from);
+    if (from_.empty() && !config_.train.init_from.empty()) take_initial_weights();
+    stepper_ = std::make_unique<Stepper>(config_, model_, loader_, ranks_, ctx_);
+    if (!from_.empty()) progress_ = checkpointing_.restore(from_);
     model_.parameters().refresh_weights(ctx_);
-    if (ranks_.rank() == 0) open_run(from, stepper);
-    const bool asked = steps(stepper);
+  }
+
+  TrainResult run() {
+    if (ranks_.rank() == 0) open_run();
+    const bool asked = steps();
     const fs::path last = checkpointing_.finish(progress_, true);
     committed(last);
     ranks_.barrier();
-    return {asked ? StopReason::asked_to_stop : StopReason::finished, stepper.state().step,
+    return {asked ? StopReason::asked_to_stop : StopReason::finished, stepper_->state().step,
             last.empty() ? fs::path(config_.log.run) / "checkpoints" : last};
   }
 
@@ -83,35 +88,35 @@ class Job {
                  fresh.empty() ? "" : fmt::format("; {} tensors of new heads start fresh", fresh.size()));
   }
 
-  void open_run(const fs::path& from, const Stepper& stepper) {
+  void open_run() {
     fs::create_directories(config_.log.run);
     std::ofstream(fs::path(config_.log.run) / "config.resolved.cfg") << configs::to_ini(config_);
     std::vector<std::string> names;
     for (const auto& loss : model_.losses()) names.push_back(loss.name);
-    log_ = std::make_unique<MetricsLog>(config_.log.run, stepper.state().step, config_.train.steps,
+    log_ = std::make_unique<MetricsLog>(config_.log.run, stepper_->state().step, config_.train.steps,
                                         config_.log.every, names, options_.progress_bar);
     log_->note(fmt::format("{:.2f}M parameters, {} training tokens, {} samples a step on {} rank{} ({})",
                            static_cast<double>(model_.parameters().elements()) / 1e6, dataset_.tokens(),
                            config_.train.batch, ranks_.size(), ranks_.size() == 1 ? "" : "s",
                            kernels::describe(ctx_.device)));
-    if (!from.empty())
-      log_->note(fmt::format("going on from {} at step {}", from.string(), stepper.state().step));
+    if (!from_.empty())
+      log_->note(fmt::format("going on from {} at step {}", from_.string(), stepper_->state().step));
   }
 
   // True when the job was asked to stop.
-  bool steps(Stepper& stepper) {
-    int64_t saved_at = stepper.state().step;
+  bool steps() {
+    int64_t saved_at = stepper_->state().step;
     bool asked = false;
-    while (stepper.state().step < config_.train.steps && !asked) {
-      const StepMetrics metrics = stepper.run(options_.stop_requested());
+    while (stepper_->state().step < config_.train.steps && !asked) {
+      const StepMetrics metrics = stepper_->run(options_.stop_requested());
       progress_.tokens += static_cast<int64_t>(metrics.tokens);
       asked = metrics.stop_requested;
-      const int64_t done = stepper.state().step;
+      const int64_t done = stepper_->state().step;
       if (log_) log_->step(metrics, progress_.tokens);
       check_skips(metrics);
       const bool last = done == config_.train.steps;
       if (config_.train.validate_every > 0 && (done % config_.train.validate_every == 0 || last))
-        validate(stepper, done);
+        validate(done);
       committed(checkpointing_.poll(progress_));
       const bool due = config_.checkpoint.every > 0 && done % config_.checkpoint.every == 0;
       if ((due || last || asked) && done != saved_at) {
@@ -134,14 +139,14 @@ class Job {
                     metrics.nonfinite_rank < 0 ? "" : fmt::format(" on rank {}", metrics.nonfinite_rank)));
   }
 
-  void validate(Stepper& stepper, int64_t done) {
+  void validate(int64_t done) {
     auto batches = validation_loader_.all_micro_batches();
     if (batches.empty()) return;
     // Spread over the whole split, the same ones every time.
     std::vector<std::vector<int64_t>> chosen;
     const size_t count = std::min<size_t>(batches.size(), config_.train.validate_batches);
     for (size_t i = 0; i < count; ++i) chosen.push_back(std::move(batches[i * batches.size() / count]));
-    const auto losses = stepper.validate(validation_loader_, chosen);
+    const auto losses = stepper_->validate(validation_loader_, chosen);
     if (log_) log_->validation(done, losses);
     if (progress_.best_step < 0 || losses.front() < progress_.best_validation_loss) {
       progress_.best_step = done;
@@ -165,14 +170,34 @@ class Job {
   data::BatchLoader loader_, validation_loader_;
   Checkpointing checkpointing_;
   Progress progress_;
+  std::filesystem::path from_;  // the checkpoint this job goes on from
+  std::unique_ptr<Stepper> stepper_;
   std::unique_ptr<MetricsLog> log_;
 };
+
+// Runs a part of the set-up on every rank. What is wrong with the input is wrong for all of them: the lowest
+// rank that found it says so, and ends the others, which wait for that here.
+void together(comm::Communicator& ranks, const std::function<void()>& part) {
+  std::exception_ptr problem;
+  try {
+    part();
+  } catch (...) {
+    problem = std::current_exception();
+  }
+  const int64_t size = ranks.size(), rank = ranks.rank();
+  const int64_t first = size - ranks.all_reduce(problem ? size - rank : int64_t{0}, comm::Reduce::max);
+  if (first == rank) std::rethrow_exception(problem);
+  if (first < size) ranks.barrier();
+}
 
 }  // namespace
 
 TrainResult train(const configs::Config& config, comm::Communicator& ranks, const kernels::Context& ctx,
                   const TrainOptions& options) {
-  return Job(config, ranks, ctx, options).run();
+  std::unique_ptr<Job> job;
+  together(ranks, [&] { job = std::make_unique<Job>(config, ranks, ctx, options); });
+  together(ranks, [&] { job->start(); });
+  return job->run();
 }
 
 }  // namespace trainer
