@@ -169,7 +169,7 @@ struct CheckpointConfig {
 struct DecodeConfig {
   std::string drafters = "auto", acceptance = "greedy,rejection,typical", temperature = "0,1";
   int64_t max_tokens = 128, prompts = 8, prompt_tokens = 64, repeats = 3, max_drafts = 4, tree_nodes = 6,
-          seed = 1, batches = 0;
+          no_repeat = 0, seed = 1, batches = 0;
   double typical_epsilon = 0.09, typical_delta = 0.3;
   template <typename Visitor>
   void options(Visitor&& v) {
@@ -186,6 +186,9 @@ struct DecodeConfig {
     v(max_drafts, "max_drafts", Range{1, 32},
       "longest chain of drafts; the length used is chosen from measured costs");
     v(tree_nodes, "tree_nodes", Range{1, 63}, "draft nodes of a tree, the root apart");
+    v(no_repeat, "no_repeat", Range{0, 1000},
+      "greedy decoding writes no run of this many tokens twice, which keeps small models out of loops; 0 "
+      "allows it");
     v(typical_epsilon, "typical_epsilon", Range{0, 1}, "typical acceptance: hard threshold");
     v(typical_delta, "typical_delta", Range{0, 1}, "typical acceptance: factor of exp(-entropy)");
     v(seed, "seed", Range{0, 9e15}, "seed of sampling");

@@ -14,6 +14,7 @@
 #include "trainer/decode/decoder.h"
 #include "trainer/decode/drafters/medusa.h"
 #include "trainer/decode/drafters/ngram.h"
+#include "trainer/decode/repetition.h"
 
 namespace trainer {
 namespace {
@@ -137,6 +138,43 @@ TEST_P(Speculation, GreedyTextIsThatOfPlainDecoding) {
     EXPECT_LT(fast.steps, 199 / 4);
     EXPECT_EQ(decoder.run(prompts, greedy(200), &gaps).sequences[0].tokens, plain.sequences[0].tokens);
   }
+}
+
+// With the guard against loops a text holds no run twice, and speculation still writes the plain text.
+TEST_P(Speculation, WithoutRepeatsToo) {
+  const kernels::Context ctx;
+  Decoder decoder(ctx, *model_, 1, kCapacity);
+  const Prompts prompts = {random_tokens(20, 9)};
+  DecodeSettings settings = greedy(200);
+  settings.no_repeat = 2;
+  const std::vector<int32_t> free = decoder.run(prompts, greedy(200)).sequences[0].tokens;
+  const DecodeRun plain = decoder.run(prompts, settings);
+  const std::vector<int32_t>& tokens = plain.sequences[0].tokens;
+  ASSERT_EQ(tokens.size(), 200u);
+  EXPECT_NE(tokens, free) << "the guard had something to do";
+  const std::vector<int32_t> text = joined(prompts[0], plain.sequences[0]);
+  for (size_t i = prompts[0].size(); i < text.size(); ++i)
+    EXPECT_FALSE(repeats_run({text.data(), i}, text[i], settings.no_repeat)) << "at " << i;
+  for (const DrafterKind& kind : drafters()) {
+    const auto drafter = make_drafter(decoder, kind.name, model_->config().decode);
+    EXPECT_EQ(decoder.run(prompts, settings, drafter.get()).sequences[0].tokens, tokens) << kind.name;
+  }
+  const std::vector<std::vector<int32_t>> texts = {text};
+  ScriptedDrafter right(oracle(texts, false));
+  const DecodeRun fast = decoder.run(prompts, settings, &right);
+  EXPECT_EQ(fast.sequences[0].tokens, tokens);
+  EXPECT_LT(fast.steps, 199 / 4) << "drafts that avoid repeats are accepted";
+}
+
+TEST(Repetition, SecondBestIsTakenWhereTheBestRepeats) {
+  const std::vector<int32_t> tokens = {1, 2, 3, 1, 2};
+  EXPECT_TRUE(repeats_run(tokens, 3, 3));
+  EXPECT_FALSE(repeats_run(tokens, 1, 3));
+  EXPECT_FALSE(repeats_run(tokens, 3, 4)) << "only three tokens of it stand there";
+  const std::vector<float> logits = {0.5f, 0.1f, 0.7f, 0.9f};
+  EXPECT_EQ(without_repeats(tokens, logits, 3, 3), 2);
+  EXPECT_EQ(without_repeats(tokens, logits, 3, 4), 3);
+  EXPECT_EQ(without_repeats({tokens.data(), 1}, logits, 3, 3), 3) << "a text shorter than the run";
 }
 
 // Sequences of other lengths beside it do not change a text.

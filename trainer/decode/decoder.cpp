@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "kernels/ops/sampling.h"
+#include "trainer/decode/repetition.h"
 
 namespace trainer {
 
@@ -207,6 +208,7 @@ void Decoder::predict(int64_t rows) {
     const Tensor argmax = argmax_.slice(0, rows);
     kernels::argmax(ctx_, logits, argmax);
     argmax_host_ = on_host(argmax, argmax_mirror_);
+    if (settings_.no_repeat > 0) logits_host_ = on_host(logits, logits_mirror_);
     return;
   }
   const Tensor p = p_.slice(0, rows);
@@ -215,11 +217,26 @@ void Decoder::predict(int64_t rows) {
   if (settings_.acceptance == Acceptance::typical) logits_host_ = on_host(logits, logits_mirror_);
 }
 
+const int32_t* Decoder::choices(int64_t b, int64_t row) {
+  if (settings_.no_repeat == 0) return argmax_host_ + row;
+  const DraftTree& tree = trees_[b];
+  const size_t vocabulary = static_cast<size_t>(model_.vocabulary());
+  choices_.assign(argmax_host_ + row, argmax_host_ + row + tree.size());
+  for (int node = 0; node < tree.size(); ++node) {
+    text_.assign(sequences_[b].tokens.begin(), sequences_[b].tokens.end());
+    for (int i = 1; i <= node; ++i)
+      if (tree.ancestors(node) >> i & 1) text_.push_back(tree.token(i));
+    choices_[node] = without_repeats(text_, {logits_host_ + (row + node) * vocabulary, vocabulary},
+                                     choices_[node], settings_.no_repeat);
+  }
+  return choices_.data();
+}
+
 void Decoder::choose(int64_t b, int64_t row) {
   AcceptedPath& accepted = sequences_[b].accepted;
   const int64_t offset = row * model_.vocabulary();
   if (settings_.acceptance == Acceptance::greedy)
-    verifier_.greedy(trees_[b], argmax_host_ + row, accepted);
+    verifier_.greedy(trees_[b], choices(b, row), accepted);
   else if (settings_.acceptance == Acceptance::rejection)
     verifier_.rejection(trees_[b], p_host_ + offset, {settings_.seed, static_cast<uint64_t>(b)}, committed(b),
                         accepted);
@@ -323,6 +340,7 @@ DecodeRun Decoder::run(std::span<const std::vector<int32_t>> prompts, const Deco
 
 double Decoder::measure_step(int64_t rows, int64_t length, int64_t repeats, const DecodeSettings& settings) {
   start({}, settings);
+  settings_.no_repeat = 0;  // the text of a measurement repeats itself
   sequences_[0].tokens.assign(length + 1, 0);
   sequences_[0].active = true;
   trees_[0].clear(0);

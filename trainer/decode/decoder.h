@@ -18,6 +18,7 @@ struct DecodeSettings {
   uint64_t seed = 1;
   int32_t end_of_text = -1;  // -1: none
   int64_t max_tokens = 128;
+  int64_t no_repeat = 0;  // greedy: write no run of this many tokens twice; 0 allows it
 };
 
 // Wall-clock time of the parts of a step, in seconds.
@@ -86,6 +87,8 @@ class Decoder {
   void verify();
   // The target's predictions after the first `rows` rows of logits_, where the host reads them.
   void predict(int64_t rows);
+  // Greedy: what the target writes after each node of a sequence's tree, whose predictions start at `row`.
+  const int32_t* choices(int64_t b, int64_t row);
   // The accepted path of a sequence whose predictions start at `row`.
   void choose(int64_t b, int64_t row);
   // Appends the accepted path and the token after it, cut at the end of the text.
@@ -104,7 +107,7 @@ class Decoder {
   Verifier verifier_;
   Tensor hidden_, logits_, p_, argmax_;  // (64, C), (64, V), (64, V), (64)
   std::vector<float> logits_mirror_, p_mirror_;
-  std::vector<int32_t> argmax_mirror_;
+  std::vector<int32_t> argmax_mirror_, choices_, text_;
   const int32_t* argmax_host_ = nullptr;
   const float *logits_host_ = nullptr, *p_host_ = nullptr;
 

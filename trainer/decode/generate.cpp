@@ -16,6 +16,7 @@ DecodeSettings settings_of(const LoadedModel& loaded, const GenerateOptions& opt
     settings.acceptance = Acceptance::greedy;
   else if (settings.acceptance == Acceptance::greedy)
     settings.acceptance = Acceptance::rejection;
+  settings.no_repeat = loaded.config.decode.no_repeat;
   settings.typical_epsilon = loaded.config.decode.typical_epsilon;
   settings.typical_delta = loaded.config.decode.typical_delta;
   settings.seed = options.seed;

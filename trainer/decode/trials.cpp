@@ -88,6 +88,7 @@ std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& all, int
                                const std::function<void(const std::string&)>& progress) {
   const configs::DecodeConfig& config = all.decode;
   DecodeSettings settings;
+  settings.no_repeat = config.no_repeat;
   settings.typical_epsilon = config.typical_epsilon;
   settings.typical_delta = config.typical_delta;
   settings.seed = static_cast<uint64_t>(config.seed);
