@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs every CPU benchmark and its peer, one after the other on an otherwise idle machine, and writes
 # tests/bench/results/cpu_*.json. The PyTorch peer needs a Python with torch: PYTHON=/path/to/python tests/bench/cpu.sh
-# Name parts to run only these: linear attention train peer quickstart.
+# CORES=0,3 pins it to other cores than the first. Name parts to run only these: linear attention train peer quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/mpi_env.sh
@@ -14,7 +14,7 @@ mkdir -p "$results"
 
 wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 # Two cores, as the quickstart is sized for; the same ones for the peer.
-on_cores() { taskset -c "0-$((threads - 1))" "$@"; }
+on_cores() { taskset -c "${CORES:-0-$((threads - 1))}" "$@"; }
 
 cmake --preset release -DFORETELL_BENCHMARKS=ON >/dev/null
 cmake --build --preset release
