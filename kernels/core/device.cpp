@@ -56,7 +56,7 @@ void free_bytes(Device device, void* data) noexcept {
 void copy_bytes(void* dst, Device dst_device, const void* src, Device src_device, size_t bytes) {
   if constexpr (kCudaEnabled)
     if (dst_device.is_cuda() || src_device.is_cuda()) return cuda::copy_bytes(dst, src, bytes);
-  std::memcpy(dst, src, bytes);
+  if (bytes > 0) std::memcpy(dst, src, bytes);
 }
 
 }  // namespace kernels

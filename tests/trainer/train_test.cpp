@@ -1,8 +1,11 @@
 // The training job of one rank: what it writes, how it stops and goes on, what it refuses.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <csignal>
 #include <fstream>
 #include <map>
+#include <stdexcept>
 
 #include "checkpoints/checkpoint.h"
 #include "data/prepare.h"
@@ -85,6 +88,42 @@ TEST_F(Train, StoppedAndResumedEqualsUninterruptedBitForBit) {
     EXPECT_EQ(support::metric(whole.log.run, "loss_scale"), support::metric(parts.log.run, "loss_scale"));
     EXPECT_TRUE(state(whole) == state(parts)) << compute;
   }
+}
+
+// A crash between checkpoints: the run goes on from the last one, makes the lost steps again, and ends the
+// same.
+TEST_F(Train, KilledAndResumedEqualsUninterruptedBitForBit) {
+  auto whole = named("whole"), parts = named("parts");
+  whole.checkpoint.every = parts.checkpoint.every = 3;
+  train(whole);
+  int calls = 0;
+  trainer::TrainOptions crash, resume;
+  crash.stop_requested = [&]() -> bool {
+    if (++calls == 6) throw std::runtime_error("killed");
+    return false;
+  };
+  EXPECT_THROW(train(parts, crash), std::runtime_error);
+  resume.resume = "auto";
+  train(parts, resume);
+  EXPECT_EQ(support::metric(whole.log.run, "loss"), support::metric(parts.log.run, "loss"));
+  EXPECT_TRUE(state(whole) == state(parts));
+}
+
+// No space left for the last save: an error that says so, and nothing half-written. The limit on file sizes
+// stands in for a full disk.
+TEST_F(Train, AFinalSaveThatFailsIsAnError) {
+  auto config = named("full");
+  config.train.steps = 3;
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  getrlimit(RLIMIT_FSIZE, &before);
+  rlimit small = before;
+  small.rlim_cur = 100000;
+  setrlimit(RLIMIT_FSIZE, &small);
+  const std::string message = message_of([&] { train(config); });
+  setrlimit(RLIMIT_FSIZE, &before);
+  EXPECT_NE(message.find("could not be saved"), std::string::npos) << message;
+  EXPECT_FALSE(checkpoints::has_steps(fs::path(config.log.run) / "checkpoints"));
 }
 
 TEST_F(Train, OverflowSkipsTheStepAndHalvesTheScale) {
