@@ -9,6 +9,7 @@
 #include <random>
 
 #include "checkpoints/checkpoint.h"
+#include "tests/support/temporary_folder.h"
 
 namespace checkpoint_test {
 
@@ -96,14 +97,6 @@ inline fs::path save(const fs::path& directory, State& state, int shards = 2) {
 
 class CheckpointTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "foretell_checkpoint_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
-    directory_ = root_ / "run" / "checkpoints";
-  }
-  void TearDown() override { fs::remove_all(root_); }
-
   // Names below the checkpoints folder, sorted, without `latest`.
   std::vector<std::string> listing() const {
     std::vector<std::string> names;
@@ -113,7 +106,8 @@ class CheckpointTest : public ::testing::Test {
     return names;
   }
 
-  fs::path root_, directory_;
+  support::TemporaryFolder folder_;
+  const fs::path root_ = folder_.path(), directory_ = root_ / "run" / "checkpoints";
 };
 
 inline std::string read_all(const fs::path& path) {

@@ -9,6 +9,7 @@
 
 #include "data/files.h"
 #include "data/prepare.h"
+#include "tests/support/temporary_folder.h"
 
 namespace data_test {
 
@@ -16,32 +17,23 @@ namespace fs = std::filesystem;
 
 class Scratch {
  public:
-  Scratch() {
-    std::string name = (fs::temp_directory_path() / "foretell_data_XXXXXX").string();
-    path_ = ::mkdtemp(name.data());
-  }
-  ~Scratch() {
-    std::error_code error;
-    fs::remove_all(path_, error);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  fs::path operator/(const std::string& name) const { return path_ / name; }
+  fs::path operator/(const std::string& name) const { return folder_.path() / name; }
   std::string write(const std::string& name, const std::string& content) const {
-    fs::create_directories((path_ / name).parent_path());
-    std::ofstream(path_ / name, std::ios::binary) << content;
-    return (path_ / name).string();
+    fs::create_directories((folder_.path() / name).parent_path());
+    std::ofstream(folder_.path() / name, std::ios::binary) << content;
+    return (folder_.path() / name).string();
   }
   // Names in the folder, hidden ones too.
   std::vector<std::string> names() const {
     std::vector<std::string> found;
-    for (const auto& entry : fs::directory_iterator(path_)) found.push_back(entry.path().filename().string());
+    for (const auto& entry : fs::directory_iterator(folder_.path()))
+      found.push_back(entry.path().filename().string());
     std::sort(found.begin(), found.end());
     return found;
   }
 
  private:
-  fs::path path_;
+  support::TemporaryFolder folder_;
 };
 
 // Text of `lines` lines that differ from those of another seed.

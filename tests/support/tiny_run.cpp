@@ -1,8 +1,5 @@
 #include "tests/support/tiny_run.h"
 
-#include <unistd.h>
-
-#include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -12,16 +9,6 @@
 namespace support {
 
 namespace fs = std::filesystem;
-
-TemporaryFolder::TemporaryFolder() {
-  std::string name = (fs::temp_directory_path() / "foretell_XXXXXX").string();
-  path_ = mkdtemp(name.data());
-}
-
-TemporaryFolder::~TemporaryFolder() {
-  std::error_code ignored;
-  fs::remove_all(path_, ignored);
-}
 
 void write_tiny_text(const fs::path& folder, int documents) {
   static const char* const kWords[] = {"int", "value", "return", "count", "(", ")", ";\n",

@@ -1,25 +1,14 @@
 #pragma once
-// A temporary folder with a small prepared data set, and a configuration of a tiny model that trains on it in
+// A small prepared data set, and a configuration of a tiny model that trains on it in
 // seconds.
 #include <filesystem>
 #include <string>
 #include <vector>
 
 #include "configs/config.h"
+#include "tests/support/temporary_folder.h"
 
 namespace support {
-
-class TemporaryFolder {
- public:
-  TemporaryFolder();
-  ~TemporaryFolder();
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 // Documents of many lengths, words repeated often enough to be learned: the same text on every call.
 void write_tiny_text(const std::filesystem::path& folder, int documents = 60);
