@@ -1,17 +1,30 @@
 #include "kernels/cuda/device.h"
 
-#include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
 #include "kernels/core/error.h"
+#include "kernels/core/stream.h"
+#include "kernels/cuda/check.h"
 
 namespace kernels::cuda {
 
 namespace {
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw DeviceError(fmt::format("{}: {}", what, cudaGetErrorString(status)));
-}
+cudaStream_t as_stream(void* handle) { return static_cast<cudaStream_t>(handle); }
+cudaEvent_t as_event(void* handle) { return static_cast<cudaEvent_t>(handle); }
+void count_synchronization() { ++device_counters().synchronizations; }
 }  // namespace
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw DeviceError(fmt::format("{}: {}", what, cudaGetErrorString(status)));
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "reading the current GPU");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "reading a GPU's properties");
+  return count;
+}
 
 int device_count() {
   int count = 0;
@@ -24,10 +37,23 @@ std::string device_name(int index) {
   return properties.name;
 }
 
+void use_device(int index) { check(cudaSetDevice(index), "choosing a GPU"); }
+
 void* allocate_bytes(int index, size_t bytes) {
+  use_device(index);
+  ++device_counters().allocations;
   void* data = nullptr;
-  check(cudaSetDevice(index), "choosing a GPU");
-  check(cudaMalloc(&data, bytes), "allocating GPU memory");
+  const cudaError_t status = cudaMalloc(&data, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // the error is handled here; later calls must not find it
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    throw DeviceError(
+        fmt::format("cuda:{} has {} MiB free, {} MiB are needed; use a smaller train.micro_batch or model, "
+                    "or end what else runs on this GPU",
+                    index, free >> 20, bytes >> 20));
+  }
+  check(status, "allocating GPU memory");
   return data;
 }
 
@@ -36,8 +62,97 @@ void free_bytes(int index, void* data) noexcept {
   cudaFree(data);
 }
 
+void* allocate_pinned(size_t bytes) {
+  void* data = nullptr;
+  check(cudaMallocHost(&data, bytes), "allocating page-locked memory");
+  return data;
+}
+
+void free_pinned(void* data) noexcept { cudaFreeHost(data); }
+
 void copy_bytes(void* dst, const void* src, size_t bytes) {
+  count_synchronization();
+  // Streams here do not wait for the default stream, so what they still have to do comes first.
+  check(cudaDeviceSynchronize(), "waiting for the GPU");
   check(cudaMemcpy(dst, src, bytes, cudaMemcpyDefault), "copying GPU memory");
 }
+
+void copy_async(void* dst, const void* src, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, as_stream(stream)), "copying GPU memory");
+}
+
+void* create_stream(int index) {
+  use_device(index);
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  return stream;
+}
+
+void destroy_stream(void* stream) noexcept { cudaStreamDestroy(as_stream(stream)); }
+
+void synchronize_stream(void* stream) {
+  count_synchronization();
+  check(cudaStreamSynchronize(as_stream(stream)), "waiting for the GPU");
+}
+
+void* create_event(int index, bool timing) {
+  use_device(index);
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, timing ? cudaEventDefault : cudaEventDisableTiming),
+        "creating an event");
+  return event;
+}
+
+void destroy_event(void* event) noexcept { cudaEventDestroy(as_event(event)); }
+
+void record_event(void* event, void* stream) {
+  check(cudaEventRecord(as_event(event), as_stream(stream)), "recording an event");
+}
+
+void wait_event(void* stream, void* event) {
+  check(cudaStreamWaitEvent(as_stream(stream), as_event(event), 0), "waiting for an event");
+}
+
+bool event_done(void* event) {
+  const cudaError_t status = cudaEventQuery(as_event(event));
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "running on the GPU");
+  return true;
+}
+
+void synchronize_event(void* event) {
+  count_synchronization();
+  check(cudaEventSynchronize(as_event(event)), "running on the GPU");
+}
+
+float milliseconds_between(void* start, void* end) {
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, as_event(start), as_event(end)), "reading a GPU time");
+  return milliseconds;
+}
+
+void begin_capture(void* stream) {
+  check(cudaStreamBeginCapture(as_stream(stream), cudaStreamCaptureModeThreadLocal),
+        "recording a CUDA graph");
+}
+
+void* end_capture(void* stream) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(as_stream(stream), &graph), "recording a CUDA graph");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "making a CUDA graph");
+  return executable;
+}
+
+void launch_graph(void* graph, void* stream) {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), as_stream(stream)), "launching a CUDA graph");
+}
+
+void destroy_graph(void* graph) noexcept { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); }
 
 }  // namespace kernels::cuda

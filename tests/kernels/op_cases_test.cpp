@@ -125,8 +125,8 @@ void check_close(const OpCase& op, const std::string& name, const support::Tenso
     }
 }
 
-void check_against_fp64(const OpCase& op, DType compute) {
-  OpRun run(op, compute, compute), oracle(op, DType::f64, compute);
+void check_against_fp64(const OpCase& op, DType compute, kernels::Device device = {}) {
+  OpRun run(op, compute, compute, device), oracle(op, DType::f64, compute);
   run.forward();
   oracle.forward();
   for (const auto& out : op.outputs)
@@ -146,6 +146,16 @@ TEST_P(OpCases, SmallTypesAgreeWithFp64) {
     SCOPED_TRACE(instructions);
     for (DType compute : op().types) check_against_fp64(op(), compute);
   });
+}
+
+// The tolerance of the CPU's rows: it is derived from roundings and the length of sums, whatever their order.
+class CudaOpCases : public OpCases {};
+TEST_P(CudaOpCases, AgreeWithFp64OnTheCpu) {
+  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
+  for (DType compute : op().types) {
+    SCOPED_TRACE(kernels::name_of(compute));
+    check_against_fp64(op(), compute, {kernels::Device::Kind::cuda, 0});
+  }
 }
 
 std::vector<std::vector<char>> result_bytes(const OpCase& op, DType compute, int threads) {
@@ -176,6 +186,7 @@ std::string case_name(const testing::TestParamInfo<size_t>& info) {
   return cases()[info.param].operation + "_" + cases()[info.param].name;
 }
 INSTANTIATE_TEST_SUITE_P(Table, OpCases, testing::Range(size_t{0}, cases().size()), case_name);
+INSTANTIATE_TEST_SUITE_P(Table, CudaOpCases, testing::Range(size_t{0}, cases().size()), case_name);
 INSTANTIATE_TEST_SUITE_P(Table, OpGradients, testing::ValuesIn(differentiable_cases()), case_name);
 
 TEST(OpCaseTable, EveryOperationHasARow) {

@@ -1,0 +1,19 @@
+#pragma once
+// CUDA's status codes become exceptions here.
+#include <cuda_runtime_api.h>
+
+#include "kernels/core/context.h"
+
+namespace kernels::cuda {
+
+// DeviceError "<what>: <CUDA's message>" unless status is success.
+void check(cudaError_t status, const char* what);
+// After a kernel launch: the launch's own error.
+inline void check_launch(const char* operation) { check(cudaGetLastError(), operation); }
+
+inline cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream.handle); }
+
+// Streaming multiprocessors of the current device.
+int multiprocessors();
+
+}  // namespace kernels::cuda

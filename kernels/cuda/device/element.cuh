@@ -1,0 +1,59 @@
+#pragma once
+// Element types on the device, 16-byte vectors of them, and the visitor that picks one at run time.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/core/dtype.h"
+#include "kernels/core/error.h"
+
+namespace kernels::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
+}
+
+// N elements moved at once; alignment is the caller's promise.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T at[N];
+};
+template <typename T>
+inline constexpr int kVectorElements = 16 / sizeof(T);
+
+template <typename T, int N = kVectorElements<T>>
+__device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T, N>*>(p);
+}
+template <typename T, int N>
+__device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& v) {
+  *reinterpret_cast<Vector<T, N>*>(p) = v;
+}
+
+// Calls fn with a value of the device type behind fp16, bf16 or fp32. fp64 exists on the CPU alone.
+template <typename Fn>
+decltype(auto) visit_device_dtype(DType t, Fn&& fn) {
+  switch (t) {
+    case DType::f16:
+      return fn(__half{});
+    case DType::bf16:
+      return fn(__nv_bfloat16{});
+    case DType::f32:
+      return fn(float{});
+    default:
+      throw ShapeError("on a GPU a tensor of fp16, bf16 or fp32 is required");
+  }
+}
+
+}  // namespace kernels::cuda
