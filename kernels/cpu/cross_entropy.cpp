@@ -40,7 +40,7 @@ double entropy_row(T* logits, int64_t n, int32_t target, acc_t<T> scale, bool wr
 }
 
 // Weighted losses of rows [begin, end) to losses[row - first].
-void entropy_range(const Tensor& logits, const int32_t* targets, const float* weights, float seed,
+void entropy_range(const Tensor& logits, const int32_t* targets, const float* weights, const float* seed,
                    int64_t first, double* losses, int64_t begin, int64_t end) {
   visit_dtype(logits.dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -48,10 +48,10 @@ void entropy_range(const Tensor& logits, const int32_t* targets, const float* we
     for (int64_t i = begin; i < end; ++i) {
       losses[i - first] = 0;
       if (weights[i] != 0 && targets[i] >= 0) {
-        const acc_t<T> scale = acc_t<T>(seed) * acc_t<T>(weights[i]);
+        const acc_t<T> scale = acc_t<T>(seed ? *seed : 0.0f) * acc_t<T>(weights[i]);
         losses[i - first] =
-            double(weights[i]) * entropy_row(row<T>(logits, i), n, targets[i], scale, seed != 0);
-      } else if (seed != 0) {
+            double(weights[i]) * entropy_row(row<T>(logits, i), n, targets[i], scale, seed != nullptr);
+      } else if (seed) {
         clear_row(row<T>(logits, i), n);
       }
     }
@@ -65,9 +65,10 @@ HWY_AFTER_NAMESPACE();
 namespace kernels::cpu {
 HWY_EXPORT(entropy_range);
 
-void cross_entropy(const Context&, Tensor logits, const Tensor& targets, const Tensor& weights, float seed,
-                   Tensor loss_sum) {
+void cross_entropy(const Context&, Tensor logits, const Tensor& targets, const Tensor& weights,
+                   const Tensor& seed, Tensor loss_sum) {
   const auto* target = targets.as<int32_t>();
+  const float* seed_value = seed ? seed.as<float>() : nullptr;
   const int64_t rows = logits.rows(), vocabulary = logits.cols();
   for (int64_t i = 0; i < rows; ++i)
     if (target[i] >= vocabulary)
@@ -80,7 +81,7 @@ void cross_entropy(const Context&, Tensor logits, const Tensor& targets, const T
   for (int64_t first = 0; first < rows; first += std::ssize(losses)) {
     const int64_t count = std::min<int64_t>(std::ssize(losses), rows - first);
     parallel_rows(count, vocabulary, [&](int64_t begin, int64_t end) {
-      fn(logits, target, weights.as<float>(), seed, first, block, first + begin, first + end);
+      fn(logits, target, weights.as<float>(), seed_value, first, block, first + begin, first + end);
     });
     for (int64_t i = 0; i < count; ++i) *loss_sum.as<double>() += block[i];
   }

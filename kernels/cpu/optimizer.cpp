@@ -115,7 +115,12 @@ void back_off(const LossScaleRules& rules, OptimizerState& state) {
 
 }  // namespace
 
-void gradient_statistics(const Context&, std::span<const Segment> segments, float normaliser,
+void loss_seeds(const Context&, const Tensor& state, const Tensor& factors, Tensor seeds) {
+  const float scale = reinterpret_cast<const OptimizerState*>(state.as<uint8_t>())->loss_scale;
+  for (int64_t i = 0; i < seeds.numel(); ++i) seeds.as<float>()[i] = scale * factors.as<float>()[i];
+}
+
+void gradient_statistics(const Context&, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers) {
   OptimizerState& state = state_of(buffers);
   state.nonfinite = 0;
@@ -131,7 +136,7 @@ void gradient_statistics(const Context&, std::span<const Segment> segments, floa
                });
     double sum = 0;
     for (double s : sums) sum += s;
-    const double multiplier = static_cast<double>(normaliser) / state.gradient_scale;
+    const double multiplier = static_cast<double>(*normaliser.as<float>()) / state.gradient_scale;
     state.gradient_norm = static_cast<float>(std::sqrt(sum) * std::abs(multiplier));
     if (std::isfinite(sum)) return;
     state.gradient_norm = std::numeric_limits<float>::infinity();
@@ -157,13 +162,13 @@ void update_loss_scale(const Context&, const LossScaleRules& rules, OptimizerBuf
   if (rules.hysteresis == Hysteresis::until_growth) state.hysteresis_left = rules.hysteresis_steps;
 }
 
-void adamw(const Context&, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
-           OptimizerBuffers& buffers) {
+void adamw(const Context&, std::span<const Segment> segments, const Tensor& normaliser,
+           const AdamWParams& params, OptimizerBuffers& buffers) {
   OptimizerState& state = state_of(buffers);
   ++state.step;
   if (state.skip) return;
   state.learning_rate = kernels::learning_rate(params.schedule, state.updates);
-  const AdamWFactors f = factors(params, normaliser, state);
+  const AdamWFactors f = factors(params, *normaliser.as<float>(), state);
   visit_dtype(buffers.weights.dtype, [&](auto tag) {
     using W = decltype(tag);
     using M = acc_t<W>;

@@ -5,7 +5,7 @@
 namespace kernels {
 
 void cross_entropy(const Context& ctx, Tensor logits, const Tensor& targets, const Tensor& weights,
-                   float seed, Tensor loss_sum) {
+                   const Tensor& seed, Tensor loss_sum) {
   constexpr auto kName = "cross_entropy";
   if (logits.shape.rank() != 2 || logits.cols() < 1)
     throw ShapeError(fmt::format("{}: logits are {}, expected (N, V)", kName, to_string(logits)));
@@ -13,6 +13,10 @@ void cross_entropy(const Context& ctx, Tensor logits, const Tensor& targets, con
   check_dtype(kName, "targets", targets, DType::i32);
   check_shape(kName, "weights", weights, Shape{logits.rows()});
   check_dtype(kName, "weights", weights, DType::f32);
+  if (seed) {
+    check_shape(kName, "seed", seed, Shape{1});
+    check_dtype(kName, "seed", seed, DType::f32);
+  }
   check_shape(kName, "loss_sum", loss_sum, Shape{1});
   check_dtype(kName, "loss_sum", loss_sum, DType::f64);
   if (ctx.rehearsal) return;

@@ -2,21 +2,22 @@
 // Cross entropy with the gradient written over the logits.
 //   loss_i = -log softmax(logits_i)[target_i]
 //   loss_sum += sum_i weight_i loss_i          (1) fp64, accumulated in order of i
-//   logits_i <- seed * weight_i (softmax(logits_i) - onehot(target_i))     if seed != 0; untouched otherwise
+//   logits_i <- seed * weight_i (softmax(logits_i) - onehot(target_i))     untouched where seed is empty
 // logits (N, V), V columns used of a possibly larger stride; targets (N) int32; weights (N) fp32. A row with
 // weight 0 or a negative target contributes nothing and gets a zero gradient. Maximum, sum and logarithm are
-// fp32 (fp64 for fp64). `seed` carries the loss scale, so that a small gradient is not lost in fp16.
+// fp32 (fp64 for fp64). `seed` (1) fp32 carries the loss scale, so that a small gradient is not lost in fp16;
+// it lives on the device, where the scale does.
 #include "kernels/core/context.h"
 #include "kernels/core/tensor.h"
 
 namespace kernels {
 
 void cross_entropy(const Context& ctx, Tensor logits, const Tensor& targets, const Tensor& weights,
-                   float seed, Tensor loss_sum);
+                   const Tensor& seed, Tensor loss_sum);
 
 namespace cpu {
 void cross_entropy(const Context& ctx, Tensor logits, const Tensor& targets, const Tensor& weights,
-                   float seed, Tensor loss_sum);
+                   const Tensor& seed, Tensor loss_sum);
 }  // namespace cpu
 
 }  // namespace kernels

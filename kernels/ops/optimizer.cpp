@@ -16,10 +16,21 @@ void check_state(const char* operation, const Tensor& state) {
 }
 
 void check_segments(const char* operation, std::span<const Segment> segments, int64_t count) {
-  for (const Segment& s : segments)
+  int64_t end = 0;
+  for (const Segment& s : segments) {
     if (s.begin < 0 || s.count < 0 || s.begin + s.count > count)
       throw ShapeError(fmt::format("{}: a segment covers elements {} to {}, the buffers hold {}", operation,
                                    s.begin, s.begin + s.count, count));
+    if (s.begin < end)
+      throw ShapeError(fmt::format("{}: a segment begins at element {}, before the end {} of the last one",
+                                   operation, s.begin, end));
+    end = s.begin + s.count;
+  }
+}
+
+void check_factors(const char* operation, const char* argument, const Tensor& given, int64_t count) {
+  check_shape(operation, argument, given, Shape{count});
+  check_dtype(operation, argument, given, DType::f32);
 }
 
 }  // namespace
@@ -51,10 +62,19 @@ float learning_rate(const Schedule& s, int64_t updates) {
   return static_cast<float>(s.lr * factor);
 }
 
-void gradient_statistics(const Context& ctx, std::span<const Segment> segments, float normaliser,
+void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds) {
+  check_state("loss_seeds", state);
+  check_factors("loss_seeds", "factors", factors, factors.numel());
+  check_factors("loss_seeds", "seeds", seeds, factors.numel());
+  if (ctx.rehearsal) return;
+  return cpu::loss_seeds(ctx, state, factors, seeds);
+}
+
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers) {
   check_state("gradient_statistics", buffers.state);
   check_segments("gradient_statistics", segments, buffers.gradients.numel());
+  check_factors("gradient_statistics", "normaliser", normaliser, 1);
   if (ctx.rehearsal) return;
   return cpu::gradient_statistics(ctx, segments, normaliser, buffers);
 }
@@ -65,8 +85,8 @@ void update_loss_scale(const Context& ctx, const LossScaleRules& rules, Optimize
   return cpu::update_loss_scale(ctx, rules, buffers);
 }
 
-void adamw(const Context& ctx, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
-           OptimizerBuffers& buffers) {
+void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
+           const AdamWParams& params, OptimizerBuffers& buffers) {
   const Shape shape = buffers.weights.shape;
   const DType main = main_dtype(buffers.weights.dtype);
   check_shape("adamw", "weights", buffers.weights, Shape{shape.numel()});
@@ -78,6 +98,7 @@ void adamw(const Context& ctx, std::span<const Segment> segments, float normalis
   }
   check_state("adamw", buffers.state);
   check_segments("adamw", segments, shape.numel());
+  check_factors("adamw", "normaliser", normaliser, 1);
   if (ctx.rehearsal) return;
   return cpu::adamw(ctx, segments, normaliser, params, buffers);
 }

@@ -3,12 +3,14 @@
 // the host inside a step.
 //
 // Order:  gradients reduced -> gradient_statistics -> (MAX of state.nonfinite over ranks) ->
-// update_loss_scale -> adamw
+// update_loss_scale -> adamw.  What changes from step to step is read from the device: the state, and the
+// host's `normaliser` (1) and `factors` (K), fp32, uploaded before the step.
 //
+//   loss_seeds            seeds_i = state.loss_scale * factors_i: what the backward of each loss starts from
 //   gradient_statistics   norm^2 = sum (multiplier * g)^2 over trainable segments, fp64 in fixed order;
 //   counts
 //                         non-finite elements and records the first segment that holds one.
-//                         multiplier = the caller's normaliser / loss_scale; the scale is kept in
+//                         multiplier = normaliser / loss_scale; the scale is kept in
 //                         state.gradient_scale for adamw.
 //   update_loss_scale     the state machine of dynamic loss scaling; sets state.skip.
 //   adamw                 skipped when state.skip: nothing moves but state.step. Otherwise, with c = min(1,
@@ -28,7 +30,8 @@
 
 namespace kernels {
 
-// A parameter's place in the flat buffers, in elements.
+// A parameter's place in the flat buffers, in elements. Segments are given in ascending order and do not
+// overlap.
 struct Segment {
   int64_t begin = 0, count = 0;
   bool decay = false;
@@ -95,18 +98,20 @@ struct OptimizerBuffers {
   Tensor state;      // (sizeof(OptimizerState)) uint8, on the same device
 };
 
-void gradient_statistics(const Context& ctx, std::span<const Segment> segments, float normaliser,
+void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
-void adamw(const Context& ctx, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
-           OptimizerBuffers& buffers);
+void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
+           const AdamWParams& params, OptimizerBuffers& buffers);
 
 namespace cpu {
-void gradient_statistics(const Context& ctx, std::span<const Segment> segments, float normaliser,
+void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
-void adamw(const Context& ctx, std::span<const Segment> segments, float normaliser, const AdamWParams& params,
-           OptimizerBuffers& buffers);
+void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
+           const AdamWParams& params, OptimizerBuffers& buffers);
 }  // namespace cpu
 
 }  // namespace kernels

@@ -21,8 +21,10 @@ TensorBuffer buffer_of(DType dtype, kernels::Shape shape, std::vector<double> va
   return buffer;
 }
 
+TensorBuffer seed_of(double value) { return buffer_of(DType::f32, {1}, {value}); }
+
 // The loss of one row of logits and, in the buffer, its gradient.
-double loss_of(TensorBuffer& logits, int32_t target, float seed, double weight = 1) {
+double loss_of(TensorBuffer& logits, int32_t target, const TensorBuffer& seed, double weight = 1) {
   const auto targets = buffer_of(DType::i32, {1}, {static_cast<double>(target)}),
              weights = buffer_of(DType::f32, {1}, {weight});
   auto loss = buffer_of(DType::f64, {1}, {0});
@@ -33,7 +35,7 @@ double loss_of(TensorBuffer& logits, int32_t target, float seed, double weight =
 TEST(CrossEntropy, EqualLogitsGiveTheLogarithmOfTheVocabulary) {
   for (DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
     auto logits = buffer_of(dtype, {1, 8}, std::vector<double>(8, 5.0));
-    EXPECT_NEAR(loss_of(logits, 3, 4.0f, 0.5), 0.5 * std::log(8.0), 1e-7);
+    EXPECT_NEAR(loss_of(logits, 3, seed_of(4.0), 0.5), 0.5 * std::log(8.0), 1e-7);
     for (int i = 0; i < 8; ++i)
       EXPECT_EQ(logits.values()[i], i == 3 ? 4 * 0.5 * (0.125 - 1) : 4 * 0.5 * 0.125);
   }
@@ -43,20 +45,20 @@ TEST(CrossEntropy, WithoutASeedLogitsStay) {
   TensorBuffer logits(DType::f16, {1, 37});
   logits.fill_normal(1);
   const auto before = logits.bytes();
-  EXPECT_GT(loss_of(logits, 5, 0.0f), 0);
+  EXPECT_GT(loss_of(logits, 5, {}), 0);
   EXPECT_EQ(logits.bytes(), before);
 }
 
 // fp16's range: differences of 120000 do not fit fp16, and exp of them is 0.
 TEST(CrossEntropy, ExtremeLogits) {
   auto sure = buffer_of(DType::f16, {1, 5}, {-60000, 60000, 0, -kInfinity, 1});
-  EXPECT_EQ(loss_of(sure, 1, 1.0f), 0);
+  EXPECT_EQ(loss_of(sure, 1, seed_of(1.0)), 0);
   EXPECT_EQ(sure.values(), (std::vector<double>{0, 0, 0, 0, 0}));
   auto wrong = buffer_of(DType::f16, {1, 5}, {-60000, 60000, 0, -kInfinity, 1});
-  EXPECT_EQ(loss_of(wrong, 0, 2.0f), 120000);
+  EXPECT_EQ(loss_of(wrong, 0, seed_of(2.0)), 120000);
   EXPECT_EQ(wrong.values(), (std::vector<double>{-2, 2, 0, 0, 0}));
   auto impossible = buffer_of(DType::f32, {1, 3}, {0, 1, -kInfinity});
-  EXPECT_EQ(loss_of(impossible, 2, 0.0f), kInfinity);
+  EXPECT_EQ(loss_of(impossible, 2, {}), kInfinity);
 }
 
 // A number that is not one must reach the loss and the gradient, or a loss scaler would never skip the step.
@@ -67,7 +69,7 @@ TEST(CrossEntropy, NonFiniteLogitsAreSeen) {
         std::vector<double> values(static_cast<size_t>(vocabulary), 0.5);
         values[static_cast<size_t>(vocabulary) - 1] = bad;
         auto logits = buffer_of(dtype, {1, vocabulary}, values);
-        EXPECT_TRUE(std::isnan(loss_of(logits, 0, 1.0f)));
+        EXPECT_TRUE(std::isnan(loss_of(logits, 0, seed_of(1.0))));
         EXPECT_TRUE(std::isnan(logits.values()[0]));
         EXPECT_TRUE(std::isnan(logits.values()[1]));
       }
@@ -78,7 +80,7 @@ TEST(CrossEntropy, RowsWithoutWeightOrTargetAreZeroWhateverTheyHold) {
   const auto targets = buffer_of(DType::i32, {3}, {2, 1, -1}),
              weights = buffer_of(DType::f32, {3}, {1, 0, 1});
   auto loss = buffer_of(DType::f64, {1}, {10});
-  kernels::cross_entropy({}, logits, targets, weights, 1.0f, loss);
+  kernels::cross_entropy({}, logits, targets, weights, seed_of(1.0), loss);
   double sum = 0;
   for (int i = 1; i <= 4; ++i) sum += std::exp(i - 3.0);
   EXPECT_NEAR(loss.values()[0], 10 + std::log(sum), 1e-6);
@@ -90,8 +92,8 @@ TEST(CrossEntropy, SeedKeepsSmallGradients) {
   std::vector<double> values(64, 0.0);
   values[0] = 20;  // the others have probability 2e-9, below half of fp16's smallest subnormal
   auto lost = buffer_of(DType::f16, {1, 64}, values), kept = buffer_of(DType::f16, {1, 64}, values);
-  loss_of(lost, 0, 1.0f);
-  loss_of(kept, 0, 65536.0f);
+  loss_of(lost, 0, seed_of(1.0));
+  loss_of(kept, 0, seed_of(65536.0));
   EXPECT_EQ(lost.values()[1], 0);
   EXPECT_NEAR(kept.values()[1], 65536 * std::exp(-20.0), 65536 * std::exp(-20.0) * 1e-3);
 }
@@ -106,8 +108,8 @@ TEST(CrossEntropy, PaddingOfTheVocabularyIsLeftAlone) {
     const auto targets = buffer_of(DType::i32, {kRows}, {0, 36, 5, -1, 7, 8}),
                weights = buffer_of(DType::f32, {kRows}, {1, 1, .5, 1, 0, 2});
     auto first = buffer_of(DType::f64, {1}, {0}), second = buffer_of(DType::f64, {1}, {0});
-    kernels::cross_entropy({}, dense, targets, weights, 3.0f, first);
-    kernels::cross_entropy({}, padded, targets, weights, 3.0f, second);
+    kernels::cross_entropy({}, dense, targets, weights, seed_of(3.0), first);
+    kernels::cross_entropy({}, padded, targets, weights, seed_of(3.0), second);
     EXPECT_EQ(first.values(), second.values());
     EXPECT_EQ(dense.values(), padded.values());
     EXPECT_TRUE(padded.padding_intact());
@@ -136,7 +138,7 @@ TEST(CrossEntropy, ManyRowsAreSummedInOrder) {
   for (int threads : {1, 2, 3}) {
     kernels::set_threads(threads);
     auto loss = buffer_of(DType::f64, {1}, {0});
-    kernels::cross_entropy({}, logits, t, w, 0.0f, loss);
+    kernels::cross_entropy({}, logits, t, w, {}, loss);
     sums.push_back(loss.values()[0]);
   }
   kernels::set_threads(0);
@@ -149,16 +151,17 @@ TEST(CrossEntropy, ManyRowsAreSummedInOrder) {
 TEST(CrossEntropy, WrongArgumentsAreNamed) {
   auto logits = buffer_of(DType::f32, {1, 3}, {1, 2, 3});
   try {
-    loss_of(logits, 3, 1.0f);
+    loss_of(logits, 3, seed_of(1.0));
     FAIL() << "target 3 of 3 was accepted";
   } catch (const ShapeError& e) {
     EXPECT_STREQ(e.what(), "cross_entropy: target 3 of row 0 is beyond the vocabulary of 3");
   }
   const auto targets = buffer_of(DType::i32, {1}, {0}), weights = buffer_of(DType::f32, {1}, {1}),
              short_loss = buffer_of(DType::f32, {1}, {0});
-  EXPECT_THROW(kernels::cross_entropy({}, logits, targets, weights, 1.0f, short_loss), ShapeError);
-  EXPECT_THROW(kernels::cross_entropy({}, logits, weights, weights, 1.0f, buffer_of(DType::f64, {1}, {0})),
-               ShapeError);
+  EXPECT_THROW(kernels::cross_entropy({}, logits, targets, weights, seed_of(1.0), short_loss), ShapeError);
+  EXPECT_THROW(
+      kernels::cross_entropy({}, logits, weights, weights, seed_of(1.0), buffer_of(DType::f64, {1}, {0})),
+      ShapeError);
 }
 
 }  // namespace

@@ -22,6 +22,13 @@ using kernels::ScheduleKind;
 using kernels::Segment;
 using support::TensorBuffer;
 
+// A normaliser.
+TensorBuffer one(double value) {
+  TensorBuffer buffer(DType::f32, {1});
+  buffer.set(0, value);
+  return buffer;
+}
+
 // Buffers of one model with normal values, and its state.
 struct Model {
   TensorBuffer weights, master, gradients, m, v, state;
@@ -53,7 +60,8 @@ struct Model {
     return all;
   }
   void step(const std::vector<Segment>& segments, const LossScaleRules& rules = {},
-            const AdamWParams& params = {}, float normaliser = 1) {
+            const AdamWParams& params = {}, double factor = 1) {
+    const TensorBuffer normaliser = one(factor);
     kernels::gradient_statistics({}, segments, normaliser, buffers);
     kernels::update_loss_scale({}, rules, buffers);
     kernels::adamw({}, segments, normaliser, params, buffers);
@@ -195,11 +203,11 @@ TEST(Optimizer, AnOverflowElsewhereSkipsHereToo) {
   const std::vector<Segment> segments = {{.begin = 0, .count = 64}};
   Model model(64);
   const auto before = model.memory();
-  kernels::gradient_statistics({}, segments, 1, model.buffers);
+  kernels::gradient_statistics({}, segments, one(1), model.buffers);
   EXPECT_EQ(model.now().nonfinite, 0);
   model.now().nonfinite = 1;
   kernels::update_loss_scale({}, {}, model.buffers);
-  kernels::adamw({}, segments, 1, {}, model.buffers);
+  kernels::adamw({}, segments, one(1), {}, model.buffers);
   EXPECT_EQ(model.memory(), before);
   EXPECT_EQ(model.now().loss_scale, 32768.0f);
 }
@@ -211,11 +219,11 @@ TEST(Optimizer, StatisticsCountAndNameTheFirstNonFiniteSegment) {
                                          {.begin = 300, .count = 100}};
   Model model(400);
   model.gradients.set(150, std::numeric_limits<double>::quiet_NaN());  // frozen: does not count
-  kernels::gradient_statistics({}, segments, 1, model.buffers);
+  kernels::gradient_statistics({}, segments, one(1), model.buffers);
   EXPECT_EQ(model.now().nonfinite, 0);
   EXPECT_EQ(model.now().first_nonfinite, -1);
   for (size_t i : {320u, 399u, 250u}) model.gradients.set(i, std::numeric_limits<double>::infinity());
-  kernels::gradient_statistics({}, segments, 1, model.buffers);
+  kernels::gradient_statistics({}, segments, one(1), model.buffers);
   EXPECT_EQ(model.now().nonfinite, 3);
   EXPECT_EQ(model.now().first_nonfinite, 2);
 }
@@ -234,7 +242,7 @@ TEST(Optimizer, TheNormIsExactAndDoesNotOverflow) {
   float first = 0;
   for (int threads : {1, 2, 3}) {
     kernels::set_threads(threads);
-    kernels::gradient_statistics({}, segments, 0.25f, model.buffers);
+    kernels::gradient_statistics({}, segments, one(0.25), model.buffers);
     const double expected = std::sqrt(sum) * 0.25 / 65536.0;
     EXPECT_NEAR(model.now().gradient_norm, expected, 1e-7 * expected);
     EXPECT_EQ(model.now().nonfinite, 0);
@@ -350,11 +358,25 @@ TEST(Schedule, FollowsItsDefinition) {
   EXPECT_FLOAT_EQ(kernels::learning_rate(constant, 12345), 3.0f);
 }
 
+TEST(LossScale, SeedsCarryTheScale) {
+  Model model(8, DType::f16, {.loss_scale = 48.0f});
+  TensorBuffer factors(DType::f32, {3}), seeds(DType::f32, {3});
+  factors.set(std::vector<double>{0.5, -0.25, 3});
+  kernels::loss_seeds({}, model.state, factors, seeds);
+  EXPECT_EQ(seeds.values(), (std::vector<double>{24, -12, 144}));
+}
+
+TEST(Optimizer, RefusesSegmentsThatOverlap) {
+  Model model(16);
+  const std::vector<Segment> segments = {{.begin = 0, .count = 9}, {.begin = 8, .count = 2}};
+  EXPECT_THROW(kernels::gradient_statistics({}, segments, one(1), model.buffers), kernels::ShapeError);
+}
+
 TEST(Optimizer, RefusesSegmentsOutsideTheBuffers) {
   Model model(16);
   const std::vector<Segment> segments = {{.begin = 8, .count = 9}};
-  EXPECT_THROW(kernels::gradient_statistics({}, segments, 1, model.buffers), kernels::ShapeError);
-  EXPECT_THROW(kernels::adamw({}, segments, 1, {}, model.buffers), kernels::ShapeError);
+  EXPECT_THROW(kernels::gradient_statistics({}, segments, one(1), model.buffers), kernels::ShapeError);
+  EXPECT_THROW(kernels::adamw({}, segments, one(1), {}, model.buffers), kernels::ShapeError);
 }
 
 }  // namespace

@@ -78,15 +78,16 @@ TinyModel::TinyModel(const configs::Config& config, DType compute, bool training
   }
 }
 
-std::vector<float> TinyModel::seeds(float scale) const {
-  std::vector<float> seeds;
-  for (const auto& loss : model_->losses()) seeds.push_back(scale * static_cast<float>(loss.weight));
+TensorBuffer TinyModel::seeds(float scale) const {
+  TensorBuffer seeds(DType::f32, {static_cast<int64_t>(model_->losses().size())});
+  for (size_t i = 0; i < model_->losses().size(); ++i) seeds.set(i, scale * model_->losses()[i].weight);
   return seeds;
 }
 
 double TinyModel::total(const std::vector<double>& losses) const {
   double sum = 0;
-  for (size_t i = 0; i < losses.size(); ++i) sum += seeds()[i] * losses[i];
+  const std::vector<double> weights = seeds().values();
+  for (size_t i = 0; i < losses.size(); ++i) sum += weights[i] * losses[i];
   return sum;
 }
 

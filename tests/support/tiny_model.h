@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "configs/config.h"
+#include "tests/support/tensor_buffer.h"
 #include "trainer/model/model.h"
 
 namespace support {
@@ -35,7 +36,7 @@ class TinyModel {
 
   trainer::Model& model() { return *model_; }
   trainer::ParameterStore& parameters() { return model_->parameters(); }
-  std::vector<float> seeds(float scale = 1.0f) const;
+  TensorBuffer seeds(float scale = 1.0f) const;
   void rehearse(const PackedBatch& batch, kernels::Arena& saved, kernels::Arena& scratch);
   // Loss sums by forward_backward; the gradients are cleared before.
   std::vector<double> train(const PackedBatch& batch,

@@ -25,6 +25,7 @@ using Final = std::function<void(int64_t)>;
 
 // One row of (K, N).
 Tensor offset_row(const Tensor& t, int64_t offset) { return t.slice(offset, 1).view({t.dim(1)}); }
+Tensor seed_of(const Tensor& seeds, size_t loss) { return seeds.slice(static_cast<int64_t>(loss), 1); }
 }  // namespace
 
 struct Model::Impl {
@@ -49,12 +50,11 @@ struct Model::Impl {
   }
   HeadInput mtp_input(const ModelBatch& batch, const Tensor& hidden, size_t depth_index) const;
   void loss(const Context& ctx, const Linear& matrix, const Tensor& hidden, const ModelBatch& batch, size_t i,
-            float seed, Tensor loss_sums, Tensor dhidden) const;
-  void train_mtp(const Context& ctx, const ModelBatch& batch, const Tensor& hidden,
-                 std::span<const float> seeds, kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
-                 const Final& gradients_final) const;
-  void train_medusa(const Context& ctx, const ModelBatch& batch, const Tensor& hidden,
-                    std::span<const float> seeds, kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
+            const Tensor& seed, Tensor loss_sums, Tensor dhidden) const;
+  void train_mtp(const Context& ctx, const ModelBatch& batch, const Tensor& hidden, const Tensor& seeds,
+                 kernels::Arena& saved, Tensor loss_sums, Tensor dhidden, const Final& gradients_final) const;
+  void train_medusa(const Context& ctx, const ModelBatch& batch, const Tensor& hidden, const Tensor& seeds,
+                    kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
                     const Final& gradients_final) const;
 };
 
@@ -93,7 +93,7 @@ HeadInput Model::Impl::mtp_input(const ModelBatch& batch, const Tensor& hidden, 
 }
 
 void Model::Impl::loss(const Context& ctx, const Linear& matrix, const Tensor& hidden,
-                       const ModelBatch& batch, size_t i, float seed, Tensor loss_sums,
+                       const ModelBatch& batch, size_t i, const Tensor& seed, Tensor loss_sums,
                        Tensor dhidden) const {
   const int64_t offset = losses[i].offset;
   vocabulary_loss(ctx, matrix, hidden, offset_row(batch.targets, offset), offset_row(batch.weights, offset),
@@ -102,8 +102,8 @@ void Model::Impl::loss(const Context& ctx, const Linear& matrix, const Tensor& h
 
 // All depths forward, each from the last; then losses and backward from the deepest, which frees its memory.
 void Model::Impl::train_mtp(const Context& ctx, const ModelBatch& batch, const Tensor& hidden,
-                            std::span<const float> seeds, kernels::Arena& saved, Tensor loss_sums,
-                            Tensor dhidden, const Final& gradients_final) const {
+                            const Tensor& seeds, kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
+                            const Final& gradients_final) const {
   struct Depth {
     HeadInput in;
     Tensor hidden;
@@ -124,7 +124,7 @@ void Model::Impl::train_mtp(const Context& ctx, const ModelBatch& batch, const T
   kernels::fill(ctx, d, 0.0f);
   for (size_t k = mtp.size(); k-- > 0;) {
     if (k > 0) kernels::fill(ctx, dprevious, 0.0f);
-    loss(ctx, unembedding, depths[k].hidden, batch, mtp_loss(k), seeds[mtp_loss(k)], loss_sums, d);
+    loss(ctx, unembedding, depths[k].hidden, batch, mtp_loss(k), seed_of(seeds, mtp_loss(k)), loss_sums, d);
     mtp[k]->backward(ctx, depths[k].in, *depths[k].saved, d, k > 0 ? dprevious : dhidden);
     saved.release(depths[k].mark);
     gradients_final(begin(mtp[k]->first_parameter()));
@@ -133,8 +133,8 @@ void Model::Impl::train_mtp(const Context& ctx, const ModelBatch& batch, const T
 }
 
 void Model::Impl::train_medusa(const Context& ctx, const ModelBatch& batch, const Tensor& hidden,
-                               std::span<const float> seeds, kernels::Arena& saved, Tensor loss_sums,
-                               Tensor dhidden, const Final& gradients_final) const {
+                               const Tensor& seeds, kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
+                               const Final& gradients_final) const {
   for (size_t i = medusa.size(); i-- > 0;) {
     const kernels::ArenaScope keep(saved), scope(*ctx.scratch);
     const Medusa& head = *medusa[i];
@@ -143,7 +143,7 @@ void Model::Impl::train_medusa(const Context& ctx, const ModelBatch& batch, cons
     const auto activations = head.forward(ctx, in, out, saved);
     const Tensor d = ctx.scratch->allocate("medusa dhidden", hidden.dtype, hidden.shape);
     kernels::fill(ctx, d, 0.0f);
-    loss(ctx, vocabulary_of(head), out, batch, 1 + i, seeds[1 + i], loss_sums, d);
+    loss(ctx, vocabulary_of(head), out, batch, 1 + i, seed_of(seeds, 1 + i), loss_sums, d);
     head.backward(ctx, in, *activations, d, dhidden);
     gradients_final(begin(head.first_parameter()));
   }
@@ -165,7 +165,7 @@ int64_t Model::offsets() const {
   return 1 + furthest;
 }
 
-void Model::forward_backward(const Context& ctx, const ModelBatch& batch, std::span<const float> seeds,
+void Model::forward_backward(const Context& ctx, const ModelBatch& batch, const Tensor& seeds,
                              kernels::Arena& saved, Tensor loss_sums,
                              const std::function<void(int64_t)>& gradients_final) const {
   const Impl& m = *impl_;
@@ -186,7 +186,7 @@ void Model::forward_backward(const Context& ctx, const ModelBatch& batch, std::s
   }
   m.train_mtp(ctx, batch, hidden, seeds, saved, loss_sums, dhidden, final);
   m.train_medusa(ctx, batch, hidden, seeds, saved, loss_sums, dhidden, final);
-  m.loss(ctx, m.unembedding, hidden, batch, 0, m.frozen ? 0.0f : seeds[0], loss_sums, dhidden);
+  m.loss(ctx, m.unembedding, hidden, batch, 0, m.frozen ? Tensor{} : seed_of(seeds, 0), loss_sums, dhidden);
   if (m.frozen) return final(0);
   if (m.unembedding_id != m.trunk.embedding()) final(m.begin(m.unembedding_id));
   m.trunk.backward(ctx, batch.tokens, plan, trunk, dhidden, final);
@@ -201,17 +201,17 @@ void Model::evaluate(const Context& ctx, const ModelBatch& batch, kernels::Arena
   const Tensor hidden = allocate();
   m.trunk.forward(ctx, batch.tokens, {batch.positions, batch.cu_seqlens, nullptr}, nullptr, hidden, nullptr,
                   saved);
-  m.loss(ctx, m.unembedding, hidden, batch, 0, 0.0f, loss_sums, {});
+  m.loss(ctx, m.unembedding, hidden, batch, 0, {}, loss_sums, {});
   Tensor previous = hidden, next = allocate();
   for (size_t i = 0; i < m.medusa.size(); ++i) {
     const kernels::ArenaScope passing(saved);
     m.medusa[i]->forward(ctx, {.hidden = hidden, .tokens = {}, .plan = {}}, next, saved);
-    m.loss(ctx, m.vocabulary_of(*m.medusa[i]), next, batch, 1 + i, 0.0f, loss_sums, {});
+    m.loss(ctx, m.vocabulary_of(*m.medusa[i]), next, batch, 1 + i, {}, loss_sums, {});
   }
   for (size_t k = 0; k < m.mtp.size(); ++k) {
     const kernels::ArenaScope passing(saved);
     m.mtp[k]->forward(ctx, m.mtp_input(batch, previous, k), next, saved);
-    m.loss(ctx, m.unembedding, next, batch, m.mtp_loss(k), 0.0f, loss_sums, {});
+    m.loss(ctx, m.unembedding, next, batch, m.mtp_loss(k), {}, loss_sums, {});
     std::swap(previous, next);
   }
 }

@@ -11,7 +11,6 @@
 // Sources: Cai et al. 2024 (Medusa), DeepSeek-V3 technical report 2024 (MTP).
 #include <functional>
 #include <memory>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -70,13 +69,13 @@ class Model {
   int64_t offsets() const;
 
   // One micro-batch: forward, every head's loss, backward; gradients are accumulated (+=).
-  //   seeds[i]     seed of loss i's gradient: loss scale, loss weight and normaliser multiplied
+  //   seeds        (losses) fp32: of loss i's gradient; loss scale, loss weight and normaliser multiplied
   //   loss_sums    (losses) fp64: += weighted sum of the token losses
   //   gradients_final(begin)  is called during the backward whenever every gradient from element `begin` on
   //   is final, last with 0; not in a rehearsal. May be empty.
   // `saved` is the arena of activations, ctx.scratch the working memory; both are left as they were. With
   // ctx.rehearsal and measuring arenas the same code runs and measures.
-  void forward_backward(const Context& ctx, const ModelBatch& batch, std::span<const float> seeds,
+  void forward_backward(const Context& ctx, const ModelBatch& batch, const Tensor& seeds,
                         kernels::Arena& saved, Tensor loss_sums,
                         const std::function<void(int64_t)>& gradients_final) const;
   // Losses only.

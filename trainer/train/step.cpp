@@ -45,9 +45,8 @@ Rehearsal rehearse(const Model& model, const kernels::Context& ctx, int64_t rows
                          inputs.allocate("cu_seqlens", DType::i32, {sequences + 1}),
                          inputs.allocate("targets", DType::i32, {offsets, rows}),
                          inputs.allocate("weights", DType::f32, {offsets, rows})};
-  const std::vector<float> seeds(losses, 1.0f);
-  model.forward_backward(dry, batch, seeds, *r.saved, inputs.allocate("losses", DType::f64, {losses}),
-                         [](int64_t) {});
+  model.forward_backward(dry, batch, inputs.allocate("seeds", DType::f32, {losses}), *r.saved,
+                         inputs.allocate("losses", DType::f64, {losses}), [](int64_t) {});
   r.saved->release(0);
   model.evaluate(dry, batch, *r.saved, inputs.allocate("losses", DType::f64, {losses}));
   r.saved->release(0);
@@ -86,20 +85,21 @@ ModelBatch Stepper::upload(const data::Batch& batch) const {
 
 void Stepper::backward_micro_batches(const data::StepPlan& plan, bool overlap) {
   const auto& losses = model_.losses();
-  std::vector<float> seeds(losses.size());
+  std::vector<float> factors(losses.size()), seeds(losses.size());
   for (size_t i = 0; i < losses.size(); ++i) {
     const double sum = plan.weight_sums[losses[i].offset];
     const double ratio = sum > 0 ? plan.weight_sums[0] / sum : 0.0;
-    seeds[i] = static_cast<float>(state().loss_scale * losses[i].weight * ratio /
-                                  static_cast<double>(reference_rows_));
+    factors[i] = static_cast<float>(losses[i].weight * ratio / static_cast<double>(reference_rows_));
   }
+  const kernels::Shape shape{static_cast<int64_t>(losses.size())};
+  kernels::loss_seeds(ctx_, model_.parameters().buffers().state, view(factors, shape), view(seeds, shape));
   const auto [first, last] = share(plan.micro_batches.size(), ranks_);
   for (size_t m = first; m < last; ++m) {
     const data::Batch batch = loader_.load(plan.micro_batches[m]);
     const bool reduce = overlap && m + 1 == last;
     kernels::ArenaScope scope(*saved_);
-    model_.forward_backward(ctx_, upload(batch), seeds, *saved_,
-                            view(loss_sums_, {static_cast<int64_t>(losses.size())}), [&](int64_t begin) {
+    model_.forward_backward(ctx_, upload(batch), view(seeds, shape), *saved_, view(loss_sums_, shape),
+                            [&](int64_t begin) {
                               if (reduce) reducer_->ready(begin);
                               reducer_->progress();
                             });
@@ -121,8 +121,9 @@ StepMetrics Stepper::run(bool stop_requested) {
   // be named.
   const bool attribute = state().consecutive_skips > 0;
   backward_micro_batches(plan, !attribute);
-  const float normaliser =
-      static_cast<float>(static_cast<double>(reference_rows_) / std::max(plan.weight_sums[0], 1.0));
+  const std::vector<float> unscaling = {
+      static_cast<float>(static_cast<double>(reference_rows_) / std::max(plan.weight_sums[0], 1.0))};
+  const Tensor normaliser = view(unscaling, {1});
   int64_t culprit = 0;
   if (attribute) {
     kernels::gradient_statistics(ctx_, segments_, normaliser, buffers);

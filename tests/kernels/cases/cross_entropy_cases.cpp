@@ -42,13 +42,14 @@ OpCase entropy_case(std::string name, int64_t rows, int64_t vocabulary, double s
   op.outputs = {{.name = "loss_sum", .shape = {1}, .type = Type::f64}};
   op.forward = [](const Context& ctx, const OpTensors& t) {
     support::copy(t["start"], t["loss_sum"]);
-    kernels::cross_entropy(ctx, t["logits"], t["targets"], t["weights"], 0.0f, t["loss_sum"]);
+    kernels::cross_entropy(ctx, t["logits"], t["targets"], t["weights"], {}, t["loss_sum"]);
   };
   op.backward = [](const Context& ctx, const OpTensors& t) {
     support::copy(t["logits"], t["dlogits"]);
     support::copy(t["start"], t["loss_sum"]);
-    kernels::cross_entropy(ctx, t["dlogits"], t["targets"], t["weights"],
-                           static_cast<float>(read(t["dloss_sum"])), t["loss_sum"]);
+    TensorBuffer seed(kernels::DType::f32, {1}, ctx.device);
+    seed.set(0, read(t["dloss_sum"]));
+    kernels::cross_entropy(ctx, t["dlogits"], t["targets"], t["weights"], seed, t["loss_sum"]);
   };
   op.sum_length = vocabulary + 16;
   return op;

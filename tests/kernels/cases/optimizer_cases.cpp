@@ -45,9 +45,11 @@ OpCase step_case(std::string name, int64_t count, float clip) {
         {.begin = half, .count = quarter, .trainable = false},
         {.begin = half + quarter, .count = count - half - quarter}};
     const kernels::AdamWParams params{.schedule = {.lr = 1e-2f, .warmup = 20, .total = 100}, .clip = clip};
-    kernels::gradient_statistics(ctx, segments, 2.0f, buffers);
+    TensorBuffer normaliser(kernels::DType::f32, {1}, ctx.device);
+    normaliser.set(0, 2.0);
+    kernels::gradient_statistics(ctx, segments, normaliser, buffers);
     kernels::update_loss_scale(ctx, {}, buffers);
-    kernels::adamw(ctx, segments, 2.0f, params, buffers);
+    kernels::adamw(ctx, segments, normaliser, params, buffers);
   };
   // About twenty fp32 operations per element, one after the other.
   op.sum_length = 20;

@@ -7,7 +7,7 @@
 namespace trainer {
 
 void vocabulary_loss(const Context& ctx, const Linear& unembedding, const Tensor& hidden,
-                     const Tensor& targets, const Tensor& weights, float seed, Tensor loss_sum,
+                     const Tensor& targets, const Tensor& weights, const Tensor& seed, Tensor loss_sum,
                      Tensor dhidden) {
   const kernels::ArenaScope scope(*ctx.scratch);
   const int64_t chunk = std::min(kLogitRows, hidden.rows());
@@ -19,7 +19,7 @@ void vocabulary_loss(const Context& ctx, const Linear& unembedding, const Tensor
     unembedding.forward(ctx, x, logits);
     kernels::cross_entropy(ctx, logits, targets.slice(begin, count), weights.slice(begin, count), seed,
                            loss_sum);
-    if (seed == 0.0f) continue;
+    if (!seed) continue;
     unembedding.backward_weight(ctx, logits, x);
     if (dhidden) unembedding.backward_input(ctx, logits, dhidden.slice(begin, count), true);
   }
