@@ -47,23 +47,16 @@ __m512 widen(__m256i raw) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
+// x to the nearest 8 significant bits, those of bf16 (Dekker's split); of an fp16 value at most 3 are left.
 __m512 leading(__m512 x) {
-  return _mm512_castsi512_ps(
-      _mm512_and_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  const __m512 c = _mm512_mul_ps(x, _mm512_set1_ps(0x1p16f + 1));
+  return _mm512_sub_ps(c, _mm512_sub_ps(c, x));
 }
 
 // The upper halves of two vectors: a's in the even places and b's in the odd ones.
 __m512i interleave_upper(__m512 a, __m512 b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(a), 16),
                                  _mm512_castps_si512(b));
-}
-
-// The upper halves of a, then those of b.
-__m512i concatenate_upper(__m512 a, __m512 b) {
-  alignas(64) static const uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(_mm512_castps_si512(a), _mm512_load_si512(kOdd), _mm512_castps_si512(b));
 }
 
 // Transposes 16 x 16 words: words, pairs of words, then quarters.
@@ -92,7 +85,8 @@ void transpose(__m512i* row) {
 }
 
 // One tile of 16 r and 32 k from (r0, k0), zero beyond the edges: its leading part and, for fp16, the
-// remainder. for_a: row r holds the pairs of k; otherwise row p holds pair p of every r.
+// remainder. Pair p is k = p and k = p + 16. for_a: row r holds the pairs; otherwise row p holds pair p of
+// every r.
 template <typename T, bool kContiguous>
 void pack_tile(const Source& s, int64_t r0, int64_t k0, bool for_a, uint32_t* high, uint32_t* low) {
   __m512i h[kTile], l[kTile];
@@ -106,16 +100,17 @@ void pack_tile(const Source& s, int64_t r0, int64_t k0, bool for_a, uint32_t* hi
       second = widen<T>(_mm256_maskz_loadu_epi16(static_cast<uint16_t>(mask >> 16), x + 16));
     } else if (!kContiguous) {
       const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
-      const uint16_t* x = s.data + (k0 + 2 * i) * s.stride + r0;
-      if (2 * i < depth) first = widen<T>(_mm256_maskz_loadu_epi16(mask, x));
-      if (2 * i + 1 < depth) second = widen<T>(_mm256_maskz_loadu_epi16(mask, x + s.stride));
+      const uint16_t* x = s.data + (k0 + i) * s.stride + r0;
+      if (i < depth) first = widen<T>(_mm256_maskz_loadu_epi16(mask, x));
+      if (i + kTile < depth) second = widen<T>(_mm256_maskz_loadu_epi16(mask, x + kTile * s.stride));
     }
-    const auto join = [](__m512 x, __m512 y) {
-      return kContiguous ? concatenate_upper(x, y) : interleave_upper(x, y);
-    };
-    h[i] = join(first, second);
-    if constexpr (std::is_same_v<T, f16>)
-      l[i] = join(_mm512_sub_ps(first, leading(first)), _mm512_sub_ps(second, leading(second)));
+    if constexpr (std::is_same_v<T, f16>) {
+      const __m512 first_high = leading(first), second_high = leading(second);
+      h[i] = interleave_upper(first_high, second_high);
+      l[i] = interleave_upper(_mm512_sub_ps(first, first_high), _mm512_sub_ps(second, second_high));
+    } else {
+      h[i] = interleave_upper(first, second);
+    }
   }
   if (kContiguous != for_a) {
     transpose(h);
@@ -153,7 +148,15 @@ void pack(const Source& s, int64_t r0, int64_t r1, int64_t k0, int64_t k1, bool 
                         : pack_layout<T, false>(s, r0, r1, k0, k1, for_a, out);
 }
 
-// sum (32, 32) = packed a (32, steps * 32) times packed b (steps * 32, 32). Tiles 0 to 3 hold the sum.
+// Tiles 0 to 3, the sums, += tiles 4 and 5, of a, times tiles 6 and 7, of b.
+inline void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// sum (32, 32) = packed a (32, steps * 32) times packed b (steps * 32, 32).
 template <typename T>
 void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, float* sum) {
   _tile_zero(0);
@@ -162,32 +165,19 @@ void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, float* 
   _tile_zero(3);
   for (int64_t s = 0; s < steps; ++s, a += kStepWords<T>, b += kStepWords<T>) {
     _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + kTileWords, 64);
     _tile_loadd(5, a + kTileWords, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
     if constexpr (std::is_same_v<T, f16>) {
       _tile_loadd(6, b + 2 * kTileWords, 64);
       _tile_loadd(7, b + 3 * kTileWords, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      multiply_tiles();
+    }
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTileWords, 64);
+    multiply_tiles();
+    if constexpr (std::is_same_v<T, f16>) {
       _tile_loadd(4, a + 2 * kTileWords, 64);
       _tile_loadd(5, a + 3 * kTileWords, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      _tile_loadd(6, b, 64);
-      _tile_loadd(7, b + kTileWords, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      multiply_tiles();
     }
   }
   constexpr int kStride = kBlock * sizeof(float);
