@@ -186,8 +186,35 @@ TEST(Report, SpreadAndDistinct4) {
   DecodedSequence loop, fresh;
   loop.tokens = {1, 2, 1, 2, 1, 2, 1};  // 4 windows, 2 different
   fresh.tokens = {1, 2, 3, 4, 5, 6, 7};
-  EXPECT_DOUBLE_EQ(distinct_4({loop}), 0.5);
+  EXPECT_DOUBLE_EQ(distinct_4(std::vector<DecodedSequence>{loop}), 0.5);
   EXPECT_DOUBLE_EQ(distinct_4({loop, fresh}), 0.75);
+}
+
+// The guard is the longest that reaches what is asked of it; a longer one would repeat too much.
+TEST_F(Evaluate, GuardIsAsLooseAsTheTextAllows) {
+  const LoadedModel loaded = load();
+  const kernels::Context ctx;
+  Decoder decoder(ctx, *loaded.model, 1, 256);
+  const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
+  std::vector<std::vector<int32_t>> prompts;
+  for (const Prompt& prompt : choose_prompts(validation, 3, 20, 30)) {
+    EXPECT_EQ(prompt.tokens.size(), 20u);
+    EXPECT_EQ(prompt.continuation.size(), 30u);
+    prompts.push_back(prompt.tokens);
+  }
+  DecodeSettings settings;
+  settings.max_tokens = 100;
+  const auto greedy_distinct_4 = [&](int64_t length) {
+    settings.no_repeat = length;
+    std::vector<DecodedSequence> texts;
+    for (const auto& prompt : prompts) texts.push_back(decoder.run({&prompt, 1}, settings).sequences[0]);
+    return distinct_4(texts);
+  };
+  EXPECT_EQ(choose_no_repeat(decoder, prompts, settings, 0), 0) << "nothing is asked of the text";
+  const double eight = greedy_distinct_4(8), twelve = greedy_distinct_4(12);
+  ASSERT_LT(twelve, eight) << "a model of 40 steps loops";
+  EXPECT_EQ(choose_no_repeat(decoder, prompts, settings, (eight + twelve) / 2), 8);
+  EXPECT_EQ(choose_no_repeat(decoder, prompts, settings, 1), 4);
 }
 
 TEST(Report, TextIsEscaped) {

@@ -223,7 +223,7 @@ const int32_t* Decoder::choices(int64_t b, int64_t row) {
   const size_t vocabulary = static_cast<size_t>(model_.vocabulary());
   choices_.assign(argmax_host_ + row, argmax_host_ + row + tree.size());
   for (int node = 0; node < tree.size(); ++node) {
-    text_.assign(sequences_[b].tokens.begin(), sequences_[b].tokens.end());
+    text_.assign(sequences_[b].tokens.begin() + sequences_[b].prompt, sequences_[b].tokens.end());
     for (int i = 1; i <= node; ++i)
       if (tree.ancestors(node) >> i & 1) text_.push_back(tree.token(i));
     choices_[node] = without_repeats(text_, {logits_host_ + (row + node) * vocabulary, vocabulary},

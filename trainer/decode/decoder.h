@@ -18,7 +18,7 @@ struct DecodeSettings {
   uint64_t seed = 1;
   int32_t end_of_text = -1;  // -1: none
   int64_t max_tokens = 128;
-  int64_t no_repeat = 0;  // greedy: write no run of this many tokens twice; 0 allows it
+  int64_t no_repeat = 0;  // greedy: write no run of this many tokens twice after the prompt; 0 allows it
 };
 
 // Wall-clock time of the parts of a step, in seconds.

@@ -70,16 +70,24 @@ void add_sample(const LoadedModel& loaded, const std::vector<Trial>& trials,
 }
 
 struct Prompts {
-  std::vector<std::vector<int32_t>> timed, tuning;
+  std::vector<std::vector<int32_t>> timed, tuning, continuations;
 };
 
 // Prompts for tuning are others than those that are timed, where there are enough documents.
 Prompts split_prompts(const data::TokenDataset& validation, const configs::DecodeConfig& config) {
-  const int64_t tuning = std::min<int64_t>(4, config.prompts);
+  const int64_t tuning = std::min<int64_t>(8, config.prompts);
   Prompts prompts;
-  auto all = choose_prompts(validation, config.prompts + tuning, config.prompt_tokens);
+  std::vector<std::vector<int32_t>> all;
+  for (Prompt& prompt :
+       choose_prompts(validation, config.prompts + tuning, config.prompt_tokens, config.max_tokens)) {
+    all.push_back(std::move(prompt.tokens));
+    prompts.continuations.push_back(std::move(prompt.continuation));
+  }
   const int64_t spare = std::max<int64_t>(0, static_cast<int64_t>(all.size()) - config.prompts);
-  if (spare == 0) return {all, all};
+  if (spare == 0) {
+    prompts.timed = prompts.tuning = std::move(all);
+    return prompts;
+  }
   // Every n-th, so that both sets span the whole split.
   const int64_t every = static_cast<int64_t>(all.size()) / spare;
   for (int64_t i = 0; i < static_cast<int64_t>(all.size()); ++i) {
@@ -102,8 +110,17 @@ void add_decoding(const Context& ctx, const LoadedModel& loaded, const data::Tok
       std::max({config.max_drafts, config.tree_nodes, int64_t{15}}) + 1, kernels::kMaxDecodeRows);
   const std::vector<double> costs = measure_step_costs(decoder, most_rows, plain);
   for (const double seconds : costs) report.step_cost_ms.push_back(seconds * 1e3);
-  std::vector<Trial> trials =
-      make_trials(decoder, loaded.config, loaded.tokenizer->end_of_text(), prompts.tuning, costs, progress);
+  report.text_distinct_4 = distinct_4(prompts.continuations);
+  report.no_repeat = config.no_repeat;
+  if (config.no_repeat < 0) {
+    report.no_repeat = choose_no_repeat(decoder, prompts.tuning, plain, report.text_distinct_4);
+    progress(fmt::format(
+        "guard against loops: no run of {} tokens twice, with which greedy text repeats no more than the "
+        "held-out text (distinct-4 {:.2f})",
+        report.no_repeat, report.text_distinct_4));
+  }
+  std::vector<Trial> trials = make_trials(decoder, loaded.config, loaded.tokenizer->end_of_text(),
+                                          prompts.tuning, costs, report.no_repeat, progress);
   run_trials(decoder, trials, prompts.timed, config.repeats, progress);
 
   report.baseline = trials.front().speed();

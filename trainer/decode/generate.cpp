@@ -16,7 +16,9 @@ DecodeSettings settings_of(const LoadedModel& loaded, const GenerateOptions& opt
     settings.acceptance = Acceptance::greedy;
   else if (settings.acceptance == Acceptance::greedy)
     settings.acceptance = Acceptance::rejection;
-  settings.no_repeat = loaded.config.decode.no_repeat;
+  constexpr int64_t kGuard = 6;  // where no held-out text says which one
+  const int64_t no_repeat = loaded.config.decode.no_repeat;
+  settings.no_repeat = no_repeat < 0 ? kGuard : no_repeat;
   settings.typical_epsilon = loaded.config.decode.typical_epsilon;
   settings.typical_delta = loaded.config.decode.typical_delta;
   settings.seed = options.seed;

@@ -113,10 +113,9 @@ std::string report_json(const Report& report) {
                       {"weight_bytes", report.weight_bytes},
                       {"weight_bytes_per_second", static_cast<double>(report.weight_bytes) * speed}};
   json["step_cost_ms"] = report.step_cost_ms;
-  json["prompts"] = {{"count", report.prompts},
-                     {"prompt_tokens", report.prompt_tokens},
-                     {"max_tokens", report.max_tokens},
-                     {"rounds", report.rounds}};
+  json["prompts"] = {{"count", report.prompts},         {"prompt_tokens", report.prompt_tokens},
+                     {"max_tokens", report.max_tokens}, {"text_distinct_4", report.text_distinct_4},
+                     {"no_repeat", report.no_repeat},   {"rounds", report.rounds}};
   json["results"] = Json::array();
   for (const ReportResult& result : report.results) json["results"].push_back(to_json(result));
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
@@ -197,10 +196,16 @@ std::string report_table(const std::filesystem::path& report_json) {
     for (const Json& anchor : json.value("anchors", Json::array()))
       text += fmt::format("; {} {:.3f}", anchor.at("model").get<std::string>(),
                           anchor.at("bits_per_byte").get<double>());
-    text += fmt::format("\nplain decoding {:.0f} tokens/s, {:.3f} ms per token, on {}\n\n",
+    text += fmt::format("\nplain decoding {:.0f} tokens/s, {:.3f} ms per token, on {}\n",
                         json.at("baseline").at("tokens_per_second").get<double>(),
                         json.at("baseline").at("ms_per_token").get<double>(),
                         json.at("device").get<std::string>());
+    const Json& prompts = json.at("prompts");
+    text += fmt::format("distinct-4 of the held-out text itself: {:.2f}; greedy text {}\n\n",
+                        prompts.at("text_distinct_4").get<double>(),
+                        prompts.at("no_repeat") == 0 ? "may repeat itself"
+                                                     : fmt::format("repeats no run of {} tokens",
+                                                                   prompts.at("no_repeat").get<int64_t>()));
     std::vector<std::vector<std::string>> rows = {{"drafter", "shape", "acceptance", "temp", "drafts",
                                                    "tokens/s", "spread", "speedup", "predicted",
                                                    "tokens/step", "distinct-4", "same as plain"}};

@@ -49,6 +49,8 @@ struct Report {
   std::vector<TextAnchor> anchors;
   Spread baseline;  // tokens per second, plain, greedy
   double baseline_first_token_ms = 0, baseline_distinct_4 = 0;
+  double text_distinct_4 = 0;        // of what the documents themselves go on with after the prompts
+  int64_t no_repeat = 0;             // the guard against loops in greedy text; 0: none
   int64_t weight_bytes = 0;          // read by a plain step
   std::vector<double> step_cost_ms;  // [n - 1]: a step of n rows
   std::vector<ReportResult> results;

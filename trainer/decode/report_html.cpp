@@ -125,8 +125,13 @@ std::string table(const Report& report) {
       "All figures",
       "Tokens per step count the token that the model adds itself. Distinct-4 is the share of different "
       "ones among all sequences of four tokens of a text: low values mean that the text loops, and looping "
-      "text is easy to guess. Predicted: from the measured cost of a step and the acceptance on other "
-      "prompts. Speeds are for one text at a time; they shrink when many are decoded together.",
+      "text is easy to guess; the held-out text itself has " +
+          fmt::format("{:.2f}", report.text_distinct_4) +
+          (report.no_repeat > 0
+               ? fmt::format(", and greedy decoding writes no run of {} tokens twice", report.no_repeat)
+               : std::string()) +
+          ". Predicted: from the measured cost of a step and the acceptance on other "
+          "prompts. Speeds are for one text at a time; they shrink when many are decoded together.",
       html + "</table></div>\n");
 }
 

@@ -16,17 +16,23 @@ Spread spread_of(std::vector<double> values) {
   return {(values[(n - 1) / 2] + values[n / 2]) / 2, values.front(), values.back()};
 }
 
-std::vector<std::vector<int32_t>> choose_prompts(const data::TokenDataset& dataset, int64_t count,
-                                                 int64_t tokens) {
+std::vector<Prompt> choose_prompts(const data::TokenDataset& dataset, int64_t count, int64_t tokens,
+                                   int64_t continuation) {
   std::vector<int64_t> usable;
-  for (int64_t d = 0; d < dataset.documents(); ++d)
-    if (static_cast<int64_t>(dataset.document(d).size()) >= tokens) usable.push_back(d);
-  std::vector<std::vector<int32_t>> prompts;
+  for (const int64_t length : {tokens + continuation, tokens}) {
+    if (!usable.empty()) break;
+    for (int64_t d = 0; d < dataset.documents(); ++d)
+      if (static_cast<int64_t>(dataset.document(d).size()) >= length) usable.push_back(d);
+  }
+  std::vector<Prompt> prompts;
   const int64_t n = std::min<int64_t>(count, static_cast<int64_t>(usable.size()));
   for (int64_t i = 0; i < n; ++i) {
     const auto document = dataset.document(usable[i * static_cast<int64_t>(usable.size()) / n]);
-    const auto from = document.begin() + (static_cast<int64_t>(document.size()) - tokens) / 2;
-    prompts.emplace_back(from, from + tokens);
+    const int64_t size = static_cast<int64_t>(document.size()),
+                  from = std::max<int64_t>(0, size - tokens - continuation) / 2, split = from + tokens,
+                  end = std::min(size, split + continuation);
+    prompts.push_back({{document.begin() + from, document.begin() + split},
+                       {document.begin() + split, document.begin() + end}});
   }
   if (prompts.empty())
     throw kernels::DataError(
@@ -84,11 +90,11 @@ std::vector<std::vector<double>> measure_acceptance(Decoder& decoder,
 
 std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& all, int32_t end_of_text,
                                const std::vector<std::vector<int32_t>>& tuning_prompts,
-                               const std::vector<double>& step_costs,
+                               const std::vector<double>& step_costs, int64_t no_repeat,
                                const std::function<void(const std::string&)>& progress) {
   const configs::DecodeConfig& config = all.decode;
   DecodeSettings settings;
-  settings.no_repeat = config.no_repeat;
+  settings.no_repeat = no_repeat;
   settings.typical_epsilon = config.typical_epsilon;
   settings.typical_delta = config.typical_delta;
   settings.seed = static_cast<uint64_t>(config.seed);
@@ -166,19 +172,37 @@ Spread speedup(const Trial& trial, const Trial& baseline) {
   return spread_of(ratios);
 }
 
-double distinct_4(const std::vector<DecodedSequence>& texts) {
-  constexpr int kLength = 4;
+double distinct_4(const std::vector<std::vector<int32_t>>& texts) {
+  constexpr int64_t kLength = 4;
   double sum = 0;
   int64_t counted = 0;
-  for (const DecodedSequence& text : texts) {
-    if (text.tokens.size() < kLength) continue;
+  for (const std::vector<int32_t>& text : texts) {
+    const int64_t all = static_cast<int64_t>(text.size()) - kLength + 1;
+    if (all < 1) continue;
     std::set<std::vector<int32_t>> seen;
-    const size_t all = text.tokens.size() - kLength + 1;
-    for (size_t i = 0; i < all; ++i) seen.emplace(text.tokens.begin() + i, text.tokens.begin() + i + kLength);
+    for (int64_t i = 0; i < all; ++i) seen.emplace(text.begin() + i, text.begin() + i + kLength);
     sum += static_cast<double>(seen.size()) / static_cast<double>(all);
     ++counted;
   }
   return counted > 0 ? sum / static_cast<double>(counted) : 1;
+}
+
+double distinct_4(const std::vector<DecodedSequence>& texts) {
+  std::vector<std::vector<int32_t>> tokens;
+  for (const DecodedSequence& text : texts) tokens.push_back(text.tokens);
+  return distinct_4(tokens);
+}
+
+int64_t choose_no_repeat(Decoder& decoder, const std::vector<std::vector<int32_t>>& prompts,
+                         DecodeSettings settings, double target) {
+  for (const int64_t length : {0, 32, 24, 16, 12, 8, 6}) {
+    settings.no_repeat = length;
+    std::vector<DecodedSequence> texts;
+    for (const std::vector<int32_t>& prompt : prompts)
+      texts.push_back(std::move(decoder.run({&prompt, 1}, settings).sequences[0]));
+    if (distinct_4(texts) >= target) return length;
+  }
+  return 4;  // with which every four tokens are new
 }
 
 }  // namespace trainer

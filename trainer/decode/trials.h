@@ -31,15 +31,24 @@ struct Trial {
   Spread speed() const { return spread_of(tokens_per_second); }
 };
 
-// Prompts of `tokens` tokens from the middle of validation documents, spread evenly over those that are long
-// enough; fewer where there are fewer.
-std::vector<std::vector<int32_t>> choose_prompts(const data::TokenDataset& dataset, int64_t count,
-                                                 int64_t tokens);
+struct Prompt {
+  std::vector<int32_t> tokens;
+  std::vector<int32_t> continuation;  // what the document itself goes on with
+};
+// Prompts of `tokens` tokens from the middle of validation documents, spread evenly over those that go on for
+// `continuation` tokens more, or else over those that are long enough; fewer where there are fewer.
+std::vector<Prompt> choose_prompts(const data::TokenDataset& dataset, int64_t count, int64_t tokens,
+                                   int64_t continuation);
+// The guard against loops that decode.no_repeat = -1 stands for: the longest of a few lengths with which
+// plain greedy text after these prompts repeats itself no more than real text does (distinct-4 at least
+// `target`).
+int64_t choose_no_repeat(Decoder& decoder, const std::vector<std::vector<int32_t>>& prompts,
+                         DecodeSettings settings, double target);
 // Trials in order of the configuration: plain decoding for every temperature first (greedy always), then
 // every drafter with every acceptance rule. Drafters are tuned on the tuning prompts.
 std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& config, int32_t end_of_text,
                                const std::vector<std::vector<int32_t>>& tuning_prompts,
-                               const std::vector<double>& step_costs,
+                               const std::vector<double>& step_costs, int64_t no_repeat,
                                const std::function<void(const std::string&)>& progress);
 void run_trials(Decoder& decoder, std::vector<Trial>& trials,
                 const std::vector<std::vector<int32_t>>& prompts, int64_t rounds,
@@ -50,6 +59,7 @@ const Trial& baseline_of(const std::vector<Trial>& trials, const Trial& trial);
 Spread speedup(const Trial& trial, const Trial& baseline);
 // Share of different ones among the sequences of 4 tokens of a text, averaged over texts: low where text
 // loops.
+double distinct_4(const std::vector<std::vector<int32_t>>& texts);
 double distinct_4(const std::vector<DecodedSequence>& texts);
 
 }  // namespace trainer
