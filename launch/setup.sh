@@ -1,5 +1,6 @@
 #!/bin/bash
-# Installs what building and running Foretell needs and is missing. Debian 12 and Ubuntu 24.04.
+# Installs what building and running Foretell needs and is missing, and what reads its checkpoints (h5ls, h5py). Debian
+# 12 and Ubuntu 24.04.
 set -euo pipefail
 
 # A tool that is on the PATH is taken as it is, wherever it came from: "command package".
@@ -11,6 +12,7 @@ tools=(
   "mpirun openmpi-bin"
   "ccache ccache"
   "git git"
+  "h5ls hdf5-tools"
 )
 libraries=(
   libopenmpi-dev
@@ -23,6 +25,7 @@ libraries=(
   libsentencepiece-dev
   libdnnl-dev
   libgtest-dev
+  python3-h5py
 )
 
 missing=()
