@@ -1,6 +1,11 @@
 #!/bin/bash
+# quickstart.sh [section.key=value...]
 # From a clone to a report: sets up, builds, prepares text, trains on two ranks, evaluates. Run again, it skips what
-# is done and goes on with what was cut short.
+# is done and goes on with what was cut short. Arguments replace keys of the preset; data.path and log.run are the folders
+# of the prepared text and of the run. Environment:
+#   QUICKSTART_PROGRAM         a foretell that is built already; leaves out set-up and building
+#   QUICKSTART_TEXT            files and folders to train on instead of the headers, separated by spaces
+#   QUICKSTART_HELD_OUT        and to validate on
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/mpi_env.sh
@@ -8,7 +13,19 @@ source launch/mpi_env.sh
 config=configs/presets/quickstart.cfg
 prepared=prepared/quickstart
 run=runs/quickstart
-foretell=build/foretell
+foretell=${QUICKSTART_PROGRAM:-build/foretell}
+settings=()
+for setting in "$@"; do
+  case $setting in
+    data.path=*) prepared=${setting#*=} ;;
+    log.run=*) run=${setting#*=} ;;
+    *=*) settings+=(--set "$setting") ;;
+    *)
+      echo "quickstart: '$setting' is not section.key=value" >&2
+      exit 2
+      ;;
+  esac
+done
 
 stage() {
   printf '\n== %d:%02d  %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$1"
@@ -22,6 +39,8 @@ training=("$include/c++" "$include/linux" "$include/asm-generic" "$include/x86_6
   "$include"/boost/{log,hana,graph,numeric,multiprecision,compute,gil,interprocess,units,thread,polygon,test,range,random}
   "$include"/boost/{coroutine,fiber,smart_ptr,variant})
 held_out=("$include/fmt" "$include"/boost/{heap,circular_buffer,signals2,unordered})
+if [ -n "${QUICKSTART_TEXT:-}" ]; then read -ra training <<<"$QUICKSTART_TEXT"; fi
+if [ -n "${QUICKSTART_HELD_OUT:-}" ]; then read -ra held_out <<<"$QUICKSTART_HELD_OUT"; fi
 
 present() {
   for path in "$@"; do
@@ -29,36 +48,38 @@ present() {
   done
 }
 
-stage "set-up"
-launch/setup.sh
+if [ -z "${QUICKSTART_PROGRAM:-}" ]; then
+  stage "set-up"
+  launch/setup.sh
 
-stage "building into build/"
-[ -f build/build.ninja ] || cmake --preset release >/dev/null
-cmake --build --preset release
+  stage "building into build/"
+  [ -f build/build.ninja ] || cmake --preset release >/dev/null
+  cmake --build --preset release
+fi
 
 stage "preparing text"
-if [ -f $prepared/dataset.json ]; then
+if [ -f "$prepared/dataset.json" ]; then
   echo "$prepared is there"
 else
   mapfile -t training < <(present "${training[@]}")
   mapfile -t held_out < <(present "${held_out[@]}")
-  $foretell prepare --input "${training[@]}" --validation-input "${held_out[@]}" --output $prepared
+  "$foretell" prepare --input "${training[@]}" --validation-input "${held_out[@]}" --output "$prepared"
 fi
 
 stage "training on two ranks"
-if grep -qs '"state": "finished"' $run/status.json; then
+if grep -qs '"state": "finished"' "$run/status.json"; then
   echo "$run is finished"
 else
-  mpirun -np 2 $foretell train $config --set data.path=$prepared --set log.run=$run --resume auto
+  mpirun -np 2 "$foretell" train $config --set data.path="$prepared" --set log.run="$run" "${settings[@]}" --resume auto
 fi
 
 stage "evaluating"
-if [ -f $run/report.html ] && [ $run/report.html -nt $run/status.json ]; then
-  $foretell inspect $run
+if [ -f "$run/report.html" ] && [ "$run/report.html" -nt "$run/status.json" ]; then
+  "$foretell" inspect "$run"
 else
-  $foretell evaluate $run
+  "$foretell" evaluate "$run"
 fi
 
 stage "done"
-echo "open $PWD/$run/report.html"
+echo "open $(realpath "$run/report.html")"
 echo "try  $foretell generate $run --prompt '#include <' --drafter medusa"

@@ -11,7 +11,7 @@ class Kill : public CheckpointTest {
   support::ProcessResult save_one(int64_t step, int64_t variant, long kill_at, bool torn) {
     support::Process process;
     process.arguments = {SAVE_ONE, directory_.string(), std::to_string(step), std::to_string(variant)};
-    process.environment = {{"LD_PRELOAD", KILL_SHIM},
+    process.environment = {{"LD_PRELOAD", FAULT_SHIM},
                            {"KILL_AT", std::to_string(kill_at)},
                            {"ASAN_OPTIONS", "verify_asan_link_order=0:detect_leaks=0"}};
     if (torn) process.environment.emplace_back("KILL_TORN", "1");

@@ -5,16 +5,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <nlohmann/json.hpp>
 #include <thread>
 
-#include "configs/config.h"
-#include "tests/launch/program.h"
+#include "tests/launch/job_fixture.h"
 
 namespace launch {
 namespace {
-
-namespace fs = std::filesystem;
 
 // Flips one bit in the middle of a file.
 void damage(const fs::path& file) {
@@ -23,34 +19,6 @@ void damage(const fs::path& file) {
   bytes[bytes.size() / 2] ^= 1;
   write_text(file, bytes);
 }
-
-class Job : public testing::Test {
- protected:
-  Job() {
-    config_.train.steps = 6;
-    config_.optim.warmup = 1;
-    config_.checkpoint.every = 3;
-    save();
-  }
-
-  // Prepared data is only needed by some tests.
-  void prepare() { support::prepare_tiny_data(folder_.path()); }
-  void save() { file_ = write_text(folder_.path() / "a.cfg", configs::to_ini(config_)); }
-  std::string train(const std::string& more = "") const { return "train " + file_ + " " + more; }
-  fs::path run() const { return config_.log.run; }
-  nlohmann::json status() const { return nlohmann::json::parse(read_text(run() / "status.json")); }
-  fs::path any_file(const fs::path& below, const std::string& extension) const {
-    for (const auto& entry : fs::recursive_directory_iterator(below))
-      if (entry.path().extension() == extension &&
-          entry.path().filename().string().find("validation") == std::string::npos)
-        return entry.path();
-    return "";
-  }
-
-  TemporaryFolder folder_;
-  configs::Config config_ = support::tiny_config(folder_.path());
-  std::string file_;
-};
 
 TEST_F(Job, RunsLeaveTheirStatusAndASecondOneIsRefused) {
   prepare();

@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <fstream>
+#include <map>
 #include <stdexcept>
 #include <thread>
 
@@ -42,6 +44,31 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
 }
 
 }  // namespace
+
+std::vector<int> descendants(int pid) {
+  // One look at all processes, then the tree below `pid`.
+  std::multimap<int, int> children;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const int child = std::atoi(entry.path().filename().c_str());
+    if (child <= 0) continue;
+    std::ifstream in(entry.path() / "status");
+    for (std::string word; in >> word;)
+      if (int parent = 0; word == "PPid:" && in >> parent) children.emplace(parent, child);
+  }
+  std::vector<int> found = {pid};
+  for (size_t i = 0; i < found.size(); ++i) {
+    const auto [begin, end] = children.equal_range(found[i]);
+    for (auto child = begin; child != end; ++child) found.push_back(child->second);
+  }
+  return {found.begin() + 1, found.end()};
+}
+
+std::string environment_of(int pid, const std::string& name) {
+  std::ifstream in("/proc/" + std::to_string(pid) + "/environ", std::ios::binary);
+  for (std::string entry; std::getline(in, entry, '\0');)
+    if (entry.starts_with(name + "=")) return entry.substr(name.size() + 1);
+  return "";
+}
 
 Running::Running(const Process& process) : timeout_seconds_(process.timeout_seconds) {
   std::string pattern = (std::filesystem::temp_directory_path() / "foretell_output_XXXXXX").string();

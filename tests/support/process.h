@@ -24,6 +24,11 @@ ProcessResult run(const Process& process);
 ProcessResult run_ranks(int ranks, std::vector<std::string> arguments, double timeout_seconds = 60);
 Process ranks_process(int ranks, std::vector<std::string> arguments);
 
+// The processes that `pid` started, with theirs, parents first.
+std::vector<int> descendants(int pid);
+// A variable of another process's environment, empty where it has none.
+std::string environment_of(int pid, const std::string& name);
+
 // A running program; killed and waited for when it goes out of scope.
 class Running {
  public:

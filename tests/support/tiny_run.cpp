@@ -3,6 +3,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "checkpoints/checkpoint.h"
 #include "data/prepare.h"
 #include "kernels/core/philox.h"
 
@@ -55,6 +56,19 @@ configs::Config tiny_config(const fs::path& folder) {
   c.checkpoint.every = 0;
   c.log.run = (folder / "run").string();
   return c;
+}
+
+std::map<std::string, std::vector<char>> stored_state(const fs::path& run) {
+  const checkpoints::Reader reader(checkpoints::resolve(run));
+  std::map<std::string, std::vector<char>> all;
+  for (const auto& name : reader.names()) {
+    kernels::Tensor t(nullptr, reader.dtype(name), reader.shape(name));
+    auto& bytes = all[name];
+    bytes.resize(t.bytes());
+    t.data = bytes.data();
+    reader.read(name, t);
+  }
+  return all;
 }
 
 std::vector<double> metric(const fs::path& run, const std::string& key) {

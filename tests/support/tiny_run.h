@@ -2,6 +2,7 @@
 // A small prepared data set, and a configuration of a tiny model that trains on it in
 // seconds.
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@ void prepare_tiny_data(const std::filesystem::path& folder);
 // 2 layers of width 32, linear and softmax attention, two Medusa heads and one MTP depth; run directory
 // folder / "run".
 configs::Config tiny_config(const std::filesystem::path& folder);
+// Every tensor of the newest checkpoint of a run, byte for byte.
+std::map<std::string, std::vector<char>> stored_state(const std::filesystem::path& run);
 // The value of `key` on every line of RUN/metrics.jsonl that has it.
 std::vector<double> metric(const std::filesystem::path& run, const std::string& key);
 

@@ -31,18 +31,8 @@ class Train : public testing::Test {
     config.log.run = (folder_.path() / run).string();
     return config;
   }
-  // Every tensor of the newest checkpoint, byte for byte.
   std::map<std::string, std::vector<char>> state(const configs::Config& config) {
-    const checkpoints::Reader reader(checkpoints::resolve(config.log.run));
-    std::map<std::string, std::vector<char>> all;
-    for (const auto& name : reader.names()) {
-      kernels::Tensor t(nullptr, reader.dtype(name), reader.shape(name));
-      auto& bytes = all[name];
-      bytes.resize(t.bytes());
-      t.data = bytes.data();
-      reader.read(name, t);
-    }
-    return all;
+    return support::stored_state(config.log.run);
   }
   std::string message_of(const std::function<void()>& action) {
     try {
