@@ -164,7 +164,8 @@ std::vector<int64_t> steps_in(const Path& directory) {
   for (const auto& entry : std::filesystem::directory_iterator(directory, error))
     if (step_of(entry.path()) >= 0) steps.push_back(step_of(entry.path()));
   if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
-    throw CheckpointError(fmt::format("cannot list {}: {}", directory.string(), error.message()));
+    throw CheckpointError(
+        fmt::format("cannot list {}: {}; check its permissions", directory.string(), error.message()));
   std::sort(steps.rbegin(), steps.rend());
   return steps;
 }

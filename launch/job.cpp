@@ -47,6 +47,9 @@ std::string one_line(const std::exception_ptr& problem) {
     std::rethrow_exception(problem);
   } catch (const std::bad_alloc&) {
     text = "not enough memory; use a smaller model, train.micro_batch or model.context";
+  } catch (const std::filesystem::filesystem_error& error) {
+    text = fmt::format("{}: {}; check its permissions and the free space", error.path1().string(),
+                       error.code().message());
   } catch (const std::exception& error) {
     text = error.what();
   } catch (...) {

@@ -2,6 +2,7 @@
 // files.
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -137,6 +138,99 @@ TEST_F(Job, DamagedCheckpoints) {
   expect_one_line(foretell("inspect --verify " + run().string()), 74, "step_");
   expect_one_line(foretell("evaluate " + run().string()), 74, "verifies");
   expect_one_line(foretell("generate --prompt a " + run().string()), 74, "verifies");
+}
+
+TEST_F(Job, CheckpointsOfAnotherArchitectureOrTokenizer) {
+  prepare();
+  ASSERT_EQ(foretell(train()).exit_code, 0);
+  const std::string log = read_text(run() / "metrics.jsonl");
+  const std::string other = (folder_.path() / "other").string(), on_other = " --set data.path=" + other + " ",
+                    to_new = " --set log.run=" + (folder_.path() / "new").string() + " ",
+                    from_run = " --set train.init_from=" + run().string() + " ";
+  ASSERT_EQ(foretell("prepare --tokenizer sentencepiece:300 --input " + (folder_.path() / "text").string() +
+                     " --output " + other)
+                .exit_code,
+            0);
+  expect_one_line(foretell_ranks(2, train("--resume auto --set train.steps=8 --set model.ffn_width=96")), 74,
+                  "use the configuration it was trained with");
+  expect_one_line(foretell_ranks(2, train("--resume auto --set train.steps=8" + on_other)), 74,
+                  "another tokenizer");
+  expect_one_line(foretell_ranks(2, train(to_new + from_run + "--set model.width=64")), 74, "set it to 32");
+  expect_one_line(foretell_ranks(2, train(to_new + from_run + on_other)), 74, "tokenizer");
+  expect_one_line(foretell("evaluate " + run().string() + on_other), 74, "another tokenizer");
+  EXPECT_EQ(read_text(run() / "metrics.jsonl"), log);
+  EXPECT_EQ(status()["state"], "finished");
+  EXPECT_FALSE(fs::exists(run() / "report.json"));
+  EXPECT_FALSE(fs::exists(folder_.path() / "new"));
+}
+
+TEST_F(Job, ResumeWithEveryCheckpointTruncated) {
+  prepare();
+  ASSERT_EQ(foretell(train()).exit_code, 0);
+  int checkpoints = 0;
+  for (const auto& step : fs::directory_iterator(run() / "checkpoints"))
+    if (step.is_directory() && ++checkpoints) fs::resize_file(any_file(step, ".h5"), 100);
+  const Outcome outcome = foretell_ranks(2, train("--resume auto --set train.steps=8"));
+  // A warning for each that is passed over, then the one line.
+  std::istringstream lines(outcome.errors);
+  std::string line;
+  for (int i = 0; i < checkpoints; ++i) {
+    std::getline(lines, line);
+    EXPECT_EQ(line.rfind("warning: checkpoint ", 0), 0u) << outcome.errors;
+  }
+  expect_one_line({outcome.exit_code, "", outcome.errors.substr(lines.tellg())}, 74,
+                  "or move the folder away to start from step 0");
+}
+
+TEST_F(Job, NoSpaceForPreparedData) {
+  support::write_tiny_text(folder_.path() / "text");
+  const fs::path out = folder_.path() / "out";
+  for (const char* call : {"1", "5"}) {
+    expect_one_line(
+        run_shell("env LD_PRELOAD=" FAULT_SHIM " ASAN_OPTIONS=verify_asan_link_order=0 FAULT_BELOW=" +
+                  (folder_.path() / ".out").string() + " FULL_AT=" + call +
+                  " " FORETELL_BINARY " prepare --tokenizer bytes --input " +
+                  (folder_.path() / "text").string() + " --output " + out.string()),
+        74, "No space left on device; free some space");
+    for (const auto& entry : fs::directory_iterator(folder_.path()))
+      EXPECT_EQ(entry.path().filename().string().find("out"), std::string::npos) << entry.path();
+  }
+}
+
+// Without the right to read everything that root has.
+Outcome foretell_with_permissions(const std::string& arguments) {
+  const std::string prefix = geteuid() == 0 ? "setpriv --bounding-set=-dac_override,-dac_read_search " : "";
+  return run_shell(prefix + FORETELL_BINARY " " + arguments);
+}
+
+TEST_F(Job, FilesThatMayNotBeRead) {
+  prepare();
+  ASSERT_EQ(foretell(train()).exit_code, 0);
+  const auto forbid = [](const fs::path& path) { fs::permissions(path, fs::perms::none); };
+  const std::string text = write_text(folder_.path() / "secret" / "a.txt", "a text");
+  forbid(text);
+  const std::string out = (folder_.path() / "out").string();
+  expect_one_line(foretell_with_permissions("prepare --tokenizer bytes --input " + text + " --output " + out),
+                  74, text + ": cannot open: Permission denied; check its permissions");
+  EXPECT_FALSE(fs::exists(out));
+  const fs::path locked = folder_.path() / "locked";
+  fs::create_directory(locked);
+  for (const fs::perms perms : {fs::perms::none, fs::perms::owner_read | fs::perms::owner_exec}) {
+    fs::permissions(locked, perms);
+    expect_one_line(foretell_with_permissions(train("--set log.run=" + (locked / "run").string())), 74,
+                    "check its permissions");
+  }
+  const fs::path shard = any_file(config_.data.path, ".h5");
+  forbid(shard);
+  expect_one_line(foretell_with_permissions(train("--set log.run=" + out)), 74,
+                  shard.string() + ": cannot open: Permission denied");
+  forbid(file_);
+  expect_one_line(foretell_with_permissions(train()), 2, "cannot read the configuration file");
+  forbid(run() / "checkpoints");
+  expect_one_line(foretell_with_permissions("generate --prompt a " + run().string()), 74,
+                  "Permission denied; check its permissions");
+  fs::permissions(run() / "checkpoints", fs::perms::owner_all);
+  fs::permissions(locked, fs::perms::owner_all);
 }
 
 TEST_F(Job, PrepareRefusesWhatItCannotUse) {

@@ -8,6 +8,7 @@
 #include <ctime>
 
 #include "data/ngram.h"
+#include "kernels/core/error.h"
 #include "trainer/decode/perplexity.h"
 #include "trainer/decode/report.h"
 #include "trainer/decode/text_stream.h"
@@ -26,6 +27,16 @@ std::string describe_model(const LoadedModel& loaded) {
       "{:.1f} million parameters, {}",
       m.layers, m.width, m.heads, m.attention, loaded.model->vocabulary(), h.medusa, h.mtp,
       static_cast<double>(loaded.model->parameters().elements()) / 1e6, loaded.config.precision.compute);
+}
+
+// Token numbers of another tokenizer would be measured without complaint, and mean nothing.
+void check_tokenizer(const LoadedModel& loaded) {
+  const std::string& path = loaded.config.data.path;
+  if (data::read_dataset_info(path).tokenizer_hash == loaded.tokenizer->hash()) return;
+  throw kernels::CheckpointError(
+      fmt::format("{} was trained with another tokenizer than the data in {}: point data.path at the folder "
+                  "it was trained on, or prepare the data with --tokenizer of that folder",
+                  loaded.checkpoint.string(), path));
 }
 
 void add_perplexity(const Context& ctx, const LoadedModel& loaded, const data::TokenDataset& validation,
@@ -140,6 +151,7 @@ void add_decoding(const Context& ctx, const LoadedModel& loaded, const data::Tok
 void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::path& run,
               const std::filesystem::path& output, const Progress& progress) {
   const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
+  check_tokenizer(loaded);
   Report report;
   report.checkpoint = loaded.checkpoint.string();
   report.step = loaded.step;
