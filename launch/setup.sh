@@ -54,7 +54,20 @@ if [ "$(id -u)" -ne 0 ]; then
   fi
   as_root=(sudo)
 fi
+# A line now and then: from nothing this takes minutes.
+told() {
+  local line packages=0
+  while read -r line; do
+    case $line in
+      "Need to get"* | Fetched*) echo "setup: $line" ;;
+      "Setting up"*)
+        packages=$((packages + 1))
+        if [ $((packages % 40)) -eq 0 ]; then echo "setup: $packages packages set up"; fi
+        ;;
+    esac
+  done
+}
 echo "setup: installing ${missing[*]}"
 "${as_root[@]}" apt-get update -qq
-"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" | told
 echo "setup: done"
