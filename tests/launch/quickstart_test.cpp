@@ -27,7 +27,7 @@ class Quickstart : public testing::Test {
     process.environment = {{"QUICKSTART_PROGRAM", FORETELL_BINARY},
                            {"QUICKSTART_TEXT", "/usr/include/fmt /nowhere"},
                            {"QUICKSTART_HELD_OUT", "/usr/include/nlohmann/detail/meta"}};
-    process.timeout_seconds = 120;
+    process.timeout_seconds = 240;
     return process;
   }
   std::string run_to_the_end() {
