@@ -5,11 +5,27 @@
 #include "kernels/core/parallel.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/ops/activation.h"
 
 namespace kernels::cpu {
 
 void linear(const Context&, const Tensor& x, const LinearWeight& w, Tensor y) {
   gemm({x}, {w.matrix, true}, w.bias, false, y);
+}
+
+void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y) {
+  const Tensor sum = pre ? pre : y;
+  if (w.panels && x.rows() <= kMaxDecodeRows)
+    cpu::linear_rows(ctx, x, w, sum);
+  else
+    cpu::linear(ctx, x, w, sum);
+  cpu::gelu(ctx, sum, y);
+}
+
+void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
+                                Tensor dpre) {
+  cpu::linear_backward_input(ctx, dy, matrix, dpre, false);
+  cpu::gelu_backward(ctx, dpre, pre, dpre);
 }
 
 void linear_backward_input(const Context&, const Tensor& dy, const Tensor& matrix, Tensor dx,

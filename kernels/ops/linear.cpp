@@ -1,5 +1,7 @@
 #include "kernels/ops/linear.h"
 
+#include <atomic>
+
 namespace kernels {
 
 namespace {
@@ -14,10 +16,42 @@ void check_compute_or_main(const char* operation, const char* argument, const Te
   if (given.dtype != main_dtype(compute)) check_dtype(operation, argument, given, compute);
 }
 
+void check_forward(const char* operation, const Tensor& x, const LinearWeight& w, const Tensor& y) {
+  const int64_t out = w.matrix.rows(), in = w.matrix.cols();
+  check_rows(operation, "x", x, x.rows(), in);
+  check_rows(operation, "y", y, x.rows(), out);
+  check_rows(operation, "matrix", w.matrix, out, in);
+  check_dtype(operation, "matrix", w.matrix, x.dtype);
+  check_compute_or_main(operation, "y", y, x.dtype);
+  if (w.bias) {
+    check_shape(operation, "bias", w.bias, Shape{out});
+    check_dtype(operation, "bias", w.bias, x.dtype);
+  }
+  if (w.panels) {
+    check_shape(operation, "panels", w.panels, panels_shape(w.matrix));
+    check_dtype(operation, "panels", w.panels, x.dtype);
+  }
+}
+
+void check_backward_input(const char* operation, const Tensor& dy, const Tensor& matrix, const Tensor& dx) {
+  check_rows(operation, "dy", dy, dy.rows(), matrix.rows());
+  check_rows(operation, "dx", dx, dy.rows(), matrix.cols());
+  check_rows(operation, "matrix", matrix, matrix.rows(), matrix.cols());
+  check_dtype(operation, "matrix", matrix, dy.dtype);
+  check_compute_or_main(operation, "dx", dx, dy.dtype);
+}
+
+std::atomic<bool> measuring = true;
+
 }  // namespace
 
 Shape panels_shape(const Tensor& matrix) {
-  return Shape{(matrix.dim(0) + kPanelRows - 1) / kPanelRows, matrix.dim(1), kPanelRows};
+  const auto panels = [](int64_t size, int64_t panel) { return (size + panel - 1) / panel; };
+  const int64_t out = matrix.dim(0), in = matrix.dim(1);
+  if (matrix.device.is_cuda())
+    return Shape{panels(out, cuda::kTileRows), panels(in, cuda::kTileColumns),
+                 cuda::kTileRows * cuda::kTileColumns};
+  return Shape{panels(out, cpu::kPanelRows), in, cpu::kPanelRows};
 }
 
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels) {
@@ -25,38 +59,52 @@ void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels) {
   check_shape("pack_panels", "panels", panels, panels_shape(matrix));
   check_dtype("pack_panels", "panels", panels, matrix.dtype);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::pack_panels(ctx, matrix, panels);
   return cpu::pack_panels(ctx, matrix, panels);
 }
 
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y) {
-  const int64_t out = w.matrix.rows(), in = w.matrix.cols();
-  check_rows("linear", "x", x, x.rows(), in);
-  check_rows("linear", "y", y, x.rows(), out);
-  check_rows("linear", "matrix", w.matrix, out, in);
-  check_dtype("linear", "matrix", w.matrix, x.dtype);
-  check_compute_or_main("linear", "y", y, x.dtype);
-  if (w.bias) {
-    check_shape("linear", "bias", w.bias, Shape{out});
-    check_dtype("linear", "bias", w.bias, x.dtype);
-  }
-  if (w.panels) {
-    check_shape("linear", "panels", w.panels, panels_shape(w.matrix));
-    check_dtype("linear", "panels", w.panels, x.dtype);
+  check_forward("linear", x, w, y);
+  if (ctx.rehearsal) return;
+  const bool alone = w.panels && x.rows() <= kMaxDecodeRows;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return alone ? cuda::linear_rows(ctx, x, w, y) : cuda::linear(ctx, x, w, y);
+  return alone ? cpu::linear_rows(ctx, x, w, y) : cpu::linear(ctx, x, w, y);
+}
+
+void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y) {
+  check_forward("linear_gelu", x, w, y);
+  check_dtype("linear_gelu", "y", y, x.dtype);
+  if (pre) {
+    check_shape("linear_gelu", "pre", pre, y.shape);
+    check_dtype("linear_gelu", "pre", pre, x.dtype);
   }
   if (ctx.rehearsal) return;
-  if (w.panels && x.rows() <= kMaxDecodeRows) return cpu::linear_rows(ctx, x, w, y);
-  return cpu::linear(ctx, x, w, y);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_gelu(ctx, x, w, pre, y);
+  return cpu::linear_gelu(ctx, x, w, pre, y);
 }
 
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate) {
-  check_rows("linear_backward_input", "dy", dy, dy.rows(), matrix.rows());
-  check_rows("linear_backward_input", "dx", dx, dy.rows(), matrix.cols());
-  check_rows("linear_backward_input", "matrix", matrix, matrix.rows(), matrix.cols());
-  check_dtype("linear_backward_input", "matrix", matrix, dy.dtype);
-  check_compute_or_main("linear_backward_input", "dx", dx, dy.dtype);
+  check_backward_input("linear_backward_input", dy, matrix, dx);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_backward_input(ctx, dy, matrix, dx, accumulate);
   return cpu::linear_backward_input(ctx, dy, matrix, dx, accumulate);
+}
+
+void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
+                                Tensor dpre) {
+  check_backward_input("linear_backward_input_gelu", dy, matrix, dpre);
+  check_dtype("linear_backward_input_gelu", "dpre", dpre, dy.dtype);
+  check_shape("linear_backward_input_gelu", "pre", pre, dpre.shape);
+  check_dtype("linear_backward_input_gelu", "pre", pre, dy.dtype);
+  if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_backward_input_gelu(ctx, dy, matrix, pre, dpre);
+  return cpu::linear_backward_input_gelu(ctx, dy, matrix, pre, dpre);
 }
 
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias) {
@@ -70,7 +118,14 @@ void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& 
     check_dtype("linear_backward_weight", "dbias", dbias, main_dtype(dy.dtype));
   }
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_backward_weight(ctx, dy, x, dw, dbias);
   return cpu::linear_backward_weight(ctx, dy, x, dw, dbias);
 }
+
+void measure_products(bool on) { measuring = on; }
+bool products_are_measured() { return measuring; }
+
+size_t product_workspace_bytes(Device device) { return device.is_cuda() ? size_t{32} << 20 : 0; }
 
 }  // namespace kernels

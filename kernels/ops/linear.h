@@ -6,8 +6,13 @@
 //              dW (O, I) += dy^T x                  accumulated, in the main type (fp32)
 //              db (O)    += sum over rows of dy     accumulated, in the main type
 //
-// dtypes: x, W, dy, dx in one compute type; y in the compute type or fp32 (logits). Sums are held in fp32
-// (fp64 for fp64). Rows may be strided.
+// and the same fused with GPT-2's activation (gelu of ops/activation.h), for an MLP y2 = gelu(x W1^T) W2^T:
+//
+//   linear_gelu                  pre = x W^T + b, y = gelu(pre)      pre is saved for the backward
+//   linear_backward_input_gelu   dpre = (dy W) * gelu'(pre)          written; W is the layer behind the gelu
+//
+// dtypes: x, W, dy, dx, pre, dpre in one compute type; y in the compute type or fp32 (logits). Sums are held
+// in fp32 (fp64 for fp64). Rows may be strided.
 //
 // Two ways of computing the forward:
 //  - a matrix product over any number of rows (training), and
@@ -21,33 +26,67 @@
 namespace kernels {
 
 inline constexpr int64_t kMaxDecodeRows = 64;
-inline constexpr int64_t kPanelRows = 32;
 
 struct LinearWeight {
   Tensor matrix;  // (O, I)
   Tensor bias;    // (O), or empty
-  Tensor panels;  // (ceil(O / 32), I, 32) from pack_panels, or empty
+  Tensor panels;  // panels_shape(matrix), from pack_panels; or empty
 };
 
-// panels[p, i, r] = W[32 p + r, i]; rows beyond O are zero.
+// The matrix, padded with zeros, in the order in which its device's row-invariant kernel reads it:
+//   CPU   (ceil(O / 32), I, 32)               panels[p, i, r] = W[32 p + r, i]
+//   GPU   (ceil(O / 16), ceil(I / 32), 512)   tiles of 16 rows and 32 columns, each in the order of the
+//   matrix
+//                                             units (kernels/cuda/linear_rows.cu)
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 Shape panels_shape(const Tensor& matrix);
 
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
+// `pre` may be empty where no backward follows.
+void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
 // dx = dy W, or dx += dy W.
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate = false);
+void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
+                                Tensor dpre);
 // dW += dy^T x; db += column sums of dy (dbias may be empty).
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw,
                             Tensor dbias = {});
 
+// On a GPU the first product of each kind (sizes, strides, types) times the library's kernels and remembers
+// the fastest for the life of the process; inside a graph capture, and when switched off here, it takes the
+// library's first suggestion, which is the same in every process.
+void measure_products(bool on);
+bool products_are_measured();
+// GPU memory that the first product on a device takes, for good, to work in; products of one device share it,
+// so they go to one stream or to streams that wait for one another. 0 on the CPU.
+size_t product_workspace_bytes(Device device);
+
 namespace cpu {
+inline constexpr int64_t kPanelRows = 32;
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
+void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate);
+void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
+                                Tensor dpre);
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias);
 }  // namespace cpu
+
+namespace cuda {
+inline constexpr int64_t kTileRows = 16, kTileColumns = 32;
+void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
+void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
+// With `gelu`, y = gelu(x W^T + b).
+void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu = false);
+void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
+void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
+                           bool accumulate);
+void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
+                                Tensor dpre);
+void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias);
+}  // namespace cuda
 
 }  // namespace kernels

@@ -45,16 +45,75 @@ OpCase linear_case(std::string name, LinearShape s, bool bias, Type y_type, Grad
 OpCase rows_case(std::string name, LinearShape s, bool bias, Type y_type) {
   OpCase op = linear_case(std::move(name), s, bias, y_type, Gradient::written);
   op.backward = {};
-  op.outputs.push_back(
-      {.name = "panels",
-       .shape = {(s.out + kernels::kPanelRows - 1) / kernels::kPanelRows, s.in, kernels::kPanelRows}});
   op.forward = [bias](const kernels::Context& ctx, const OpTensors& t) {
-    kernels::Tensor panels = t["panels"];
+    const kernels::ArenaScope scope(*ctx.scratch);
     kernels::LinearWeight w = weight_of(t, bias);
+    kernels::Tensor panels = ctx.scratch->allocate("panels", w.matrix.dtype, kernels::panels_shape(w.matrix));
     kernels::pack_panels(ctx, w.matrix, panels);
     w.panels = panels;
     kernels::linear(ctx, t["x"], w, t["y"]);
   };
+  return op;
+}
+
+// An MLP: the layer ahead of its gelu and the gradient of the layer behind it are the fused operations.
+OpCase gelu_case(std::string name, LinearShape s, bool bias) {
+  OpCase op{.operation = "linear", .name = std::move(name), .inputs = {}, .outputs = {}, .forward = {}};
+  const auto weight = [](std::string weight_name, kernels::Shape shape) {
+    return OpInput{.name = std::move(weight_name),
+                   .shape = shape,
+                   .gradient = Gradient::accumulated,
+                   .gradient_type = Type::main,
+                   .scale = 0.2};
+  };
+  op.inputs = {{.name = "x", .shape = {s.rows, s.in}, .gradient = Gradient::written, .padding = s.padding},
+               weight("w", {s.out, s.in}),
+               weight("behind", {s.in, s.out})};
+  if (bias) op.inputs.push_back(weight("bias", {s.out}));
+  op.outputs = {
+      {.name = "pre", .shape = {s.rows, s.out}, .differentiable = false, .padding = s.padding},
+      {.name = "activated", .shape = {s.rows, s.out}, .differentiable = false, .padding = s.padding},
+      {.name = "y", .shape = {s.rows, s.in}, .padding = s.padding}};
+  op.forward = [bias](const kernels::Context& ctx, const OpTensors& t) {
+    kernels::linear_gelu(ctx, t["x"], weight_of(t, bias), t["pre"], t["activated"]);
+    kernels::linear(ctx, t["activated"], {t["behind"], {}, {}}, t["y"]);
+  };
+  op.backward = [bias](const kernels::Context& ctx, const OpTensors& t) {
+    const kernels::ArenaScope scope(*ctx.scratch);
+    const kernels::Tensor dpre = ctx.scratch->allocate("dpre", t["pre"].dtype, t["pre"].shape);
+    kernels::linear_backward_input_gelu(ctx, t["dy"], t["behind"], t["pre"], dpre);
+    kernels::linear_backward_weight(ctx, t["dy"], t["activated"], t["dbehind"]);
+    kernels::linear_backward_weight(ctx, dpre, t["x"], t["dw"], bias ? t["dbias"] : kernels::Tensor{});
+    kernels::linear_backward_input(ctx, dpre, t["w"], t["dx"]);
+  };
+  // Rounded on the way: pre, activated; and pre, the gradient behind the gelu, dpre. Each weighs about one.
+  op.forward_roundings = 3;
+  op.backward_roundings = 5;
+  op.sum_length = std::max({s.rows, s.in, s.out}) + 16;
+  return op;
+}
+
+// Decoding's form of it: nothing saved, row-invariant.
+OpCase rows_gelu_case(std::string name, LinearShape s) {
+  OpCase op = rows_case(std::move(name), s, true, Type::compute);
+  op.forward = [](const kernels::Context& ctx, const OpTensors& t) {
+    const kernels::ArenaScope scope(*ctx.scratch);
+    kernels::LinearWeight w = weight_of(t, true);
+    kernels::Tensor panels = ctx.scratch->allocate("panels", w.matrix.dtype, kernels::panels_shape(w.matrix));
+    kernels::pack_panels(ctx, w.matrix, panels);
+    w.panels = panels;
+    kernels::linear_gelu(ctx, t["x"], w, {}, t["y"]);
+  };
+  op.forward_roundings = 2;
+  return op;
+}
+
+// More rows than a GPU's grid has in its second dimension.
+OpCase very_many_rows() {
+  OpCase op = linear_case("very_many_rows", {.rows = 65600, .in = 3, .out = 2}, true, Type::compute,
+                          Gradient::written);
+  op.checked_elements = 2;
+  op.types = {kernels::DType::f16};
   return op;
 }
 
@@ -72,7 +131,14 @@ std::vector<OpCase> linear_cases() {
       rows_case("rows_one", {.rows = 1, .in = 64, .out = 100}, true, Type::compute),
       rows_case("rows_strided", {.rows = 5, .in = 37, .out = 257, .padding = 5}, false, Type::compute),
       rows_case("rows_logits", {.rows = 17, .in = 48, .out = 130}, true, Type::main),
+      linear_case("aligned", {.rows = 64, .in = 128, .out = 96}, true, Type::compute, Gradient::written),
+      very_many_rows(),
+      gelu_case("gelu", {.rows = 24, .in = 32, .out = 64}, true),
+      gelu_case("gelu_odd", {.rows = 9, .in = 21, .out = 37, .padding = 3}, false),
       rows_case("rows_most", {.rows = 64, .in = 33, .out = 64}, false, Type::compute),
+      rows_case("rows_long", {.rows = 9, .in = 1700, .out = 40}, true, Type::compute),
+      rows_case("rows_longest", {.rows = 33, .in = 7000, .out = 17}, false, Type::main),
+      rows_gelu_case("rows_gelu", {.rows = 3, .in = 64, .out = 50}),
   };
 }
 

@@ -1,0 +1,63 @@
+#pragma once
+// Blocks that share one another's shared memory (clusters), and kernels that start before the one ahead of
+// them in the stream has ended. Both exist from sm_90 on; below that a cluster is one block and a kernel
+// starts when the last has ended.
+#include <cstdint>
+
+namespace kernels::cuda {
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+// Every thread of every block of the cluster; orders shared memory as __syncthreads() does within a block.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The address of another block's copy of one of this block's shared variables.
+template <typename T>
+__device__ __forceinline__ const T* cluster_shared(const T* mine, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
+  return reinterpret_cast<const T*>(theirs);
+#else
+  return mine;
+#endif
+}
+
+// Until everything ahead in the stream has ended and its results can be read. A kernel launched as
+// `dependent` calls this before it touches anything another kernel of the stream reads or writes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets a dependent kernel start; called after wait_for_previous(), so that what ran before the previous
+// kernel is certain to have ended when the next one starts.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace kernels::cuda

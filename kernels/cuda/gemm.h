@@ -1,0 +1,35 @@
+#pragma once
+// Matrix products through cuBLASLt, sums in fp32 (fp32 operands: no TF32).
+//   c (M, N) = epilogue(op(a) op(b)), or c += op(a) op(b)     op(a) (M, K), op(b) (K, N)
+// a and b of one type (fp16, bf16, fp32); c of that type or fp32. Rows may be strided.
+//
+// Which of the library's kernels computes a product is decided at its first use in the process, per device,
+// sizes, strides, alignment, types and epilogue, and remembered: by timing the candidates, or, inside a graph
+// capture and where measure_products(false) was said, by taking the library's first suggestion. Products of
+// one device share a workspace: they go to one stream, or to streams that wait for one another.
+#include "kernels/core/context.h"
+#include "kernels/core/tensor.h"
+
+namespace kernels::cuda {
+
+enum class Epilogue {
+  none,
+  bias,  // + bias (N), of c's type
+  gelu,  // c = gelu(the product, + bias where there is one); what went in is written to aux, where there is
+         // one
+  gelu_gradient  // c = the product * gelu'(aux)
+};
+
+struct Product {
+  Tensor a, b, c;
+  bool transposed_a = false, transposed_b = false;
+  bool accumulate = false;  // with no epilogue only
+  Epilogue epilogue = Epilogue::none;
+  Tensor bias = {}, aux = {};  // aux (M, N) of c's type
+};
+
+// False, and nothing done, when the library has no kernel for it: only a product with an epilogue can lack
+// one.
+bool multiply(const Context& ctx, const Product& product);
+
+}  // namespace kernels::cuda

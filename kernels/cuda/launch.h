@@ -1,0 +1,43 @@
+#pragma once
+// Kernel launches that need more than <<<>>>: clusters of blocks, and starting before the previous kernel has
+// ended (kernels/cuda/device/cluster.cuh).
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "kernels/cuda/check.h"
+
+namespace kernels::cuda {
+
+struct LaunchShape {
+  dim3 grid, block;
+  unsigned cluster = 1;    // blocks along grid.x; 1 where has_clusters() is false
+  bool dependent = false;  // the kernel calls wait_for_previous()
+};
+
+// Whether the current device has clusters and dependent launches.
+bool has_clusters();
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Context& ctx, const char* operation, const LaunchShape& shape,
+            void (*kernel)(Parameters...), Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {shape.cluster, 1, 1};
+  }
+  if (shape.dependent && has_clusters()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.stream = stream_of(ctx);
+  config.attrs = attributes;
+  config.numAttrs = count;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), operation);
+}
+
+}  // namespace kernels::cuda
