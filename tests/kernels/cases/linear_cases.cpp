@@ -90,6 +90,7 @@ OpCase gelu_case(std::string name, LinearShape s, bool bias) {
   op.forward_roundings = 3;
   op.backward_roundings = 5;
   op.sum_length = std::max({s.rows, s.in, s.out}) + 16;
+  op.checked_elements = 40;
   return op;
 }
 
