@@ -12,7 +12,7 @@
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own AVX-512 header, _mm512_undefined_epi32
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,f16c,fma,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,f16c,fma,amx-tile,amx-bf16,prfchw")
 
 namespace kernels::cpu {
 
@@ -60,11 +60,13 @@ __m512i interleave_upper(__m512 a, __m512 b) {
 }
 
 // Transposes 16 x 16 words: words, pairs of words, then quarters.
-void transpose(__m512i* row) {
+void transpose(uint32_t* words) {
+  __m512i* const row = reinterpret_cast<__m512i*>(words);
   __m512i a[kTile], b[kTile];
   for (int i = 0; i < kTile; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    const __m512i even = _mm512_load_si512(row + i), odd = _mm512_load_si512(row + i + 1);
+    a[i] = _mm512_unpacklo_epi32(even, odd);
+    a[i + 1] = _mm512_unpackhi_epi32(even, odd);
   }
   for (int i = 0; i < kTile; i += 4)
     for (int j = 0; j < 2; ++j) {
@@ -84,42 +86,55 @@ void transpose(__m512i* row) {
   }
 }
 
+// At an edge: the columns of the two vectors of line i along memory that lie inside the operand.
+template <bool kContiguous>
+struct Inside {
+  int64_t rows, depth;  // of the tile
+  __mmask16 first(int i) const { return mask(i < (kContiguous ? rows : depth), kContiguous ? depth : rows); }
+  __mmask16 second(int i) const {
+    return kContiguous ? mask(i < rows, depth - kTile) : mask(i + kTile < depth, rows);
+  }
+  static __mmask16 mask(bool any, int64_t count) {
+    return any && count > 0 ? static_cast<__mmask16>((1u << std::min<int64_t>(count, kTile)) - 1) : 0;
+  }
+};
+
+// Stores one vector of pairs and, for fp16, that of its remainders.
+template <typename T>
+inline void split(__m512 first, __m512 second, uint32_t* high, uint32_t* low) {
+  if constexpr (std::is_same_v<T, f16>) {
+    const __m512 a = leading(first), b = leading(second);
+    _mm512_store_si512(high, interleave_upper(a, b));
+    _mm512_store_si512(low, interleave_upper(_mm512_sub_ps(first, a), _mm512_sub_ps(second, b)));
+  } else {
+    _mm512_store_si512(high, interleave_upper(first, second));
+  }
+}
+
 // One tile of 16 r and 32 k from (r0, k0), zero beyond the edges: its leading part and, for fp16, the
 // remainder. Pair p is k = p and k = p + 16. for_a: row r holds the pairs; otherwise row p holds pair p of
 // every r.
 template <typename T, bool kContiguous>
 void pack_tile(const Source& s, int64_t r0, int64_t k0, bool for_a, uint32_t* high, uint32_t* low) {
-  __m512i h[kTile], l[kTile];
   const int64_t rows = std::min<int64_t>(kTile, s.r - r0), depth = std::min<int64_t>(kDepth, s.k - k0);
-  for (int i = 0; i < kTile; ++i) {
-    __m512 first = _mm512_setzero_ps(), second = first;
-    if (kContiguous && i < rows) {
-      const uint16_t* x = s.data + (r0 + i) * s.stride + k0;
-      const uint32_t mask = depth == kDepth ? ~0u : (1u << depth) - 1;
-      first = widen<T>(_mm256_maskz_loadu_epi16(static_cast<uint16_t>(mask), x));
-      second = widen<T>(_mm256_maskz_loadu_epi16(static_cast<uint16_t>(mask >> 16), x + 16));
-    } else if (!kContiguous) {
-      const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
-      const uint16_t* x = s.data + (k0 + i) * s.stride + r0;
-      if (i < depth) first = widen<T>(_mm256_maskz_loadu_epi16(mask, x));
-      if (i + kTile < depth) second = widen<T>(_mm256_maskz_loadu_epi16(mask, x + kTile * s.stride));
-    }
-    if constexpr (std::is_same_v<T, f16>) {
-      const __m512 first_high = leading(first), second_high = leading(second);
-      h[i] = interleave_upper(first_high, second_high);
-      l[i] = interleave_upper(_mm512_sub_ps(first, first_high), _mm512_sub_ps(second, second_high));
-    } else {
-      h[i] = interleave_upper(first, second);
-    }
+  const uint16_t* x = kContiguous ? s.data + r0 * s.stride + k0 : s.data + k0 * s.stride + r0;
+  const int64_t second = kContiguous ? kTile : kTile * s.stride;
+  if (rows == kTile && depth == kDepth) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i, x += s.stride)
+      split<T>(widen<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))),
+               widen<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + second))), high + i * kTile,
+               low + i * kTile);
+  } else {
+    const Inside<kContiguous> inside{rows, depth};
+    for (int i = 0; i < kTile; ++i, x += s.stride)
+      split<T>(widen<T>(_mm256_maskz_loadu_epi16(inside.first(i), x)),
+               widen<T>(_mm256_maskz_loadu_epi16(inside.second(i), x + second)), high + i * kTile,
+               low + i * kTile);
   }
-  if (kContiguous != for_a) {
-    transpose(h);
-    if constexpr (std::is_same_v<T, f16>) transpose(l);
-  }
-  for (int i = 0; i < kTile; ++i) {
-    _mm512_store_si512(high + i * kTile, h[i]);
-    if constexpr (std::is_same_v<T, f16>) _mm512_store_si512(low + i * kTile, l[i]);
-  }
+  if (kContiguous == for_a) return;
+  transpose(high);
+  if constexpr (std::is_same_v<T, f16>) transpose(low);
 }
 
 // How one operand is laid out when packed: for each 32 r and each 32 k the leading tiles of both halves, then
@@ -226,6 +241,18 @@ void store_block(const float* sum, const Tensor& bias, bool accumulate, const Te
   }
 }
 
+// Fetches the block of c that store_block will write, while its sum is computed. Inlined by force: GCC takes
+// a function that only prefetches for one without effect.
+template <typename C>
+[[gnu::always_inline]] inline void fetch_block(const Tensor& c, int64_t m0, int64_t n0) {
+  const int64_t rows = std::min<int64_t>(kBlock, c.rows() - m0);
+  const C* line = static_cast<const C*>(c.data) + m0 * c.row_stride + n0;
+  for (int64_t i = 0; i < rows; ++i, line += c.row_stride) {
+    __builtin_prefetch(line, 1);
+    if constexpr (sizeof(C) == 4) __builtin_prefetch(line + kTile, 1);
+  }
+}
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -251,6 +278,7 @@ void multiply_part(const Source& a, const Source& b, const Tensor& bias, bool ac
       pack<T>(a, mb, me, k0, k1, true, packed_a);
       for (int64_t n = nb; n < ne; n += kBlock)
         for (int64_t m = mb; m < me; m += kBlock) {
+          fetch_block<C>(c, m, n);
           multiply_block<T>(packed_a + (m - mb) / kBlock * panel, packed_b + (n - nb) / kBlock * panel, steps,
                             sum);
           store_block<T, C>(sum, bias, accumulate, c, m, n);
