@@ -45,8 +45,12 @@ class Communicator {
   // bits, and so does every repetition with the same number of ranks. A maximum over a NaN is NaN.
   virtual void all_reduce(Tensor t, Reduce op) = 0;
   virtual std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) = 0;
+  // The same for one rank: only `root` gets the result, the others' tensors stay as they are.
+  virtual std::unique_ptr<Request> reduce_async(Tensor t, Reduce op, int root) = 0;
   virtual void broadcast(Tensor t, int root) = 0;
-  // (size * n) <- (n) of each rank, in rank order.
+  // t of rank `to` becomes that of rank `from`; the others' stay as they are, and need only say how large.
+  virtual void transfer(Tensor t, int from, int to) = 0;
+  // (size * n) <- (n) of each rank, in rank order. `mine` may be this rank's part of `all`.
   virtual void all_gather(const Tensor& mine, Tensor all) = 0;
   virtual void barrier() = 0;
 

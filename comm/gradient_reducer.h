@@ -4,6 +4,9 @@
 // ready(begin) whenever every gradient at or beyond element `begin` is final; buckets that have become whole
 // are sent. progress() moves data along (MPI advances mostly inside its own calls) and is called between
 // layers; finish() sends what is left, waits for all and begins anew. With one rank nothing is sent.
+//
+// Sharded, the buffer is cut into equal shards, one for each rank in order, and only a shard's owner gets its
+// sums: the reduce-scatter of ZeRO.
 #include <memory>
 #include <vector>
 
@@ -14,8 +17,9 @@ namespace comm {
 class GradientReducer {
  public:
   // gradients: dense (P) fp32 or fp64, the same length on every rank. bucket_bytes: at least this much is
-  // sent at once; what would be left over as a smaller bucket joins its neighbour.
-  GradientReducer(Communicator& communicator, Tensor gradients, size_t bucket_bytes);
+  // sent at once; what would be left over as a smaller bucket joins its neighbour. shard: elements of a
+  // shard; 0: not sharded. Buckets end where a shard does.
+  GradientReducer(Communicator& communicator, Tensor gradients, size_t bucket_bytes, int64_t shard = 0);
   void ready(int64_t begin);
   void progress();
   void finish();
@@ -23,8 +27,11 @@ class GradientReducer {
   const std::vector<std::pair<int64_t, int64_t>>& buckets() const { return buckets_; }
 
  private:
+  void send(int64_t begin, int64_t end);
+
   Communicator& communicator_;
   Tensor gradients_;
+  int64_t shard_;
   std::vector<std::pair<int64_t, int64_t>> buckets_;
   std::vector<std::unique_ptr<Request>> in_flight_;
   size_t next_ = 0;

@@ -21,9 +21,18 @@ class LocalCommunicator final : public Communicator {
     check_reducible("all_reduce", t);
     return std::make_unique<DoneRequest>();
   }
+  std::unique_ptr<Request> reduce_async(Tensor t, Reduce op, int root) override {
+    check_root("reduce", root, 1);
+    return all_reduce_async(t, op);
+  }
   void broadcast(Tensor t, int root) override {
     check_host_dense("broadcast", t);
     check_root("broadcast", root, 1);
+  }
+  void transfer(Tensor t, int from, int to) override {
+    check_host_dense("transfer", t);
+    check_root("transfer", from, 1);
+    check_root("transfer", to, 1);
   }
   void all_gather(const Tensor& mine, Tensor all) override {
     check_gather(mine, all, 1);

@@ -56,7 +56,7 @@ struct Transfers {
   std::vector<int> sources;
 };
 
-class AllReduce;
+class Reduction;
 
 class World final : public MpiGroup {
  public:
@@ -67,20 +67,22 @@ class World final : public MpiGroup {
   int size() const override { return size_; }
   void all_reduce(Tensor t, Reduce op) override;
   std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) override;
+  std::unique_ptr<Request> reduce_async(Tensor t, Reduce op, int root) override;
   void broadcast(Tensor t, int root) override;
+  void transfer(Tensor t, int from, int to) override;
   void all_gather(const Tensor& mine, Tensor all) override;
   void barrier() override;
 
   void send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank);
   void receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank);
   bool complete(Transfers& transfers);
-  // Returns when done() is true; meanwhile every all-reduce in flight moves on, so that peers that wait for
+  // Returns when done() is true; meanwhile every reduction in flight moves on, so that peers that wait for
   // one of those are served.
   template <typename Done>
   void wait_until(Done done, const Call& call, Transfers& transfers);
   void wait(const Call& call, Transfers& transfers);
 
-  std::vector<AllReduce*> active;
+  std::vector<Reduction*> active;
   std::vector<std::vector<std::byte>> spare_staging;
 
  private:
@@ -98,18 +100,21 @@ class World final : public MpiGroup {
 };
 
 // Rank r owns slice r: phase 0 brings every rank's slice r to rank r, which sums in rank order; phase 1
-// brings the sums to everybody. Small tensors skip phase 1: every rank owns everything.
-class AllReduce final : public Request {
+// brings the sums to everybody. Small tensors skip phase 1: every rank owns everything. With a root, that
+// rank alone owns everything.
+class Reduction final : public Request {
  public:
-  AllReduce(World& world, const Call& call, Tensor t, Reduce op);
-  ~AllReduce() override;
+  Reduction(World& world, const Call& call, Tensor t, Reduce op, int root);
+  ~Reduction() override;
   bool test() override;
   void wait() override;
   void step();
 
  private:
   static constexpr size_t kSmall = 4096;
-  bool direct() const { return t_.bytes() <= kSmall; }
+  bool rooted() const { return root_ >= 0; }
+  bool direct() const { return !rooted() && t_.bytes() <= kSmall; }
+  bool sends_to(int rank) const { return rank != world_.rank() && (!rooted() || rank == root_); }
   std::pair<int64_t, int64_t> slice(int rank) const;
   char* at(int64_t element) const { return static_cast<char*>(t_.data) + element * element_size_; }
   void exchange();
@@ -120,6 +125,7 @@ class AllReduce final : public Request {
   Call call_;
   Tensor t_;
   Reduce op_;
+  int root_;  // -1: none
   int64_t element_size_;
   int phase_ = 0;  // 2: done
   Transfers transfers_;
@@ -246,17 +252,18 @@ void World::time_out(const Call& call, Transfers& transfers) {
                    rank_, call.describe(), static_cast<double>(deadline_.count()) / 1000.0, who));
 }
 
-AllReduce::AllReduce(World& world, const Call& call, Tensor t, Reduce op)
+Reduction::Reduction(World& world, const Call& call, Tensor t, Reduce op, int root)
     : world_(world),
       call_(call),
       t_(t),
       op_(op),
+      root_(root),
       element_size_(static_cast<int64_t>(kernels::size_of(t.dtype))) {
   exchange();
   world_.active.push_back(this);
 }
 
-AllReduce::~AllReduce() {
+Reduction::~Reduction() {
   try {
     if (world_.health() == Health::good) wait();
   } catch (const CommError&) {
@@ -265,12 +272,13 @@ AllReduce::~AllReduce() {
   world_.spare_staging.push_back(std::move(staging_));
 }
 
-std::pair<int64_t, int64_t> AllReduce::slice(int rank) const {
-  if (direct()) return {0, t_.numel()};
+std::pair<int64_t, int64_t> Reduction::slice(int rank) const {
+  if (direct() || rank == root_) return {0, t_.numel()};
+  if (rooted()) return {0, 0};
   return {t_.numel() * rank / world_.size(), t_.numel() * (rank + 1) / world_.size()};
 }
 
-void AllReduce::exchange() {
+void Reduction::exchange() {
   if (!world_.spare_staging.empty()) {
     staging_ = std::move(world_.spare_staging.back());
     world_.spare_staging.pop_back();
@@ -280,16 +288,16 @@ void AllReduce::exchange() {
   const size_t needed = mine * static_cast<size_t>(world_.size());
   if (staging_.size() < needed) staging_.resize(needed);
   for (int r = 0; r < world_.size(); ++r)
-    if (r != world_.rank())
+    if (r != world_.rank() && (!rooted() || world_.rank() == root_))
       world_.receive(transfers_, call_, 0, staging_.data() + mine * static_cast<size_t>(r), mine, r);
   for (int r = 0; r < world_.size(); ++r) {
     const auto [first, last] = slice(r);
-    if (r != world_.rank())
+    if (sends_to(r))
       world_.send(transfers_, call_, 0, at(first), static_cast<size_t>((last - first) * element_size_), r);
   }
 }
 
-void AllReduce::sum() {
+void Reduction::sum() {
   const auto [begin, end] = slice(world_.rank());
   const size_t mine = static_cast<size_t>((end - begin) * element_size_);
   std::vector<const void*> parts;
@@ -300,7 +308,7 @@ void AllReduce::sum() {
   ordered_reduce(t_.dtype, op_, parts, at(begin), end - begin);
 }
 
-void AllReduce::spread() {
+void Reduction::spread() {
   const auto [begin, end] = slice(world_.rank());
   for (int r = 0; r < world_.size(); ++r) {
     if (r == world_.rank()) continue;
@@ -310,12 +318,12 @@ void AllReduce::spread() {
   }
 }
 
-void AllReduce::step() {
+void Reduction::step() {
   if (phase_ == 2 || !world_.complete(transfers_)) return;
   transfers_.requests.clear();
   transfers_.sources.clear();
-  if (phase_ == 0) sum();
-  if (phase_ == 0 && !direct()) {
+  if (phase_ == 0 && (!rooted() || world_.rank() == root_)) sum();
+  if (phase_ == 0 && !direct() && !rooted()) {
     phase_ = 1;
     spread();
   } else {
@@ -323,21 +331,32 @@ void AllReduce::step() {
   }
 }
 
-bool AllReduce::test() {
+bool Reduction::test() {
   step();
   return phase_ == 2;
 }
 
-void AllReduce::wait() {
+void Reduction::wait() {
   if (phase_ != 2) world_.wait_until([&] { return phase_ == 2; }, call_, transfers_);
 }
 
-std::unique_ptr<Request> World::all_reduce_async(Tensor t, Reduce op) {
-  check_reducible("all_reduce", t);
+void check_amount(const char* operation, const Tensor& t) {
+  check_reducible(operation, t);
   if (t.bytes() > static_cast<size_t>(std::numeric_limits<int>::max()))
-    throw kernels::ShapeError(
-        fmt::format("all_reduce: {} is too much at once; reduce it in buckets below 2 GiB", to_string(t)));
-  return std::make_unique<AllReduce>(*this, begin("all_reduce", t, static_cast<int>(op)), t, op);
+    throw kernels::ShapeError(fmt::format("{}: {} is too much at once; reduce it in buckets below 2 GiB",
+                                          operation, to_string(t)));
+}
+
+std::unique_ptr<Request> World::all_reduce_async(Tensor t, Reduce op) {
+  check_amount("all_reduce", t);
+  return std::make_unique<Reduction>(*this, begin("all_reduce", t, static_cast<int>(op)), t, op, -1);
+}
+
+std::unique_ptr<Request> World::reduce_async(Tensor t, Reduce op, int root) {
+  check_amount("reduce", t);
+  check_root("reduce", root, size_);
+  const int detail = 2 * root + static_cast<int>(op);
+  return std::make_unique<Reduction>(*this, begin("reduce", t, detail), t, op, root);
 }
 
 // Calls fn(piece) for consecutive byte ranges of a dense tensor: staging stays small, and counts fit an int.
@@ -371,6 +390,19 @@ void World::broadcast(Tensor t, int root) {
     }
     for (int bit = 1; bit < lowest && self + bit < size_; bit *= 2)
       send(transfers, call, 0, piece.data, piece.bytes(), rank_of(self + bit));
+    wait(call, transfers);
+  });
+}
+
+void World::transfer(Tensor t, int from, int to) {
+  check_host_dense("transfer", t);
+  check_root("transfer", from, size_);
+  check_root("transfer", to, size_);
+  for_pieces(t, [&](const Tensor& piece) {
+    const Call call = begin("transfer", piece, from * size_ + to);
+    Transfers transfers;
+    if (from != to && rank_ == to) receive(transfers, call, 0, piece.data, piece.bytes(), from);
+    if (from != to && rank_ == from) send(transfers, call, 0, piece.data, piece.bytes(), to);
     wait(call, transfers);
   });
 }

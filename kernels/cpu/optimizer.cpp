@@ -12,24 +12,23 @@ namespace kernels::cpu {
 
 namespace {
 
-// Sums run over this many equal pieces of the flat buffers, whoever computes them, then over the pieces in
-// order.
-constexpr int64_t kPieces = 256;
-
 OptimizerState& state_of(OptimizerBuffers& buffers) {
   return *reinterpret_cast<OptimizerState*>(buffers.state.as<uint8_t>());
 }
 
-// Splits [0, count) over threads in `kPieces` pieces and calls fn(piece, segment, begin, end) for the part of
-// each trainable segment that lies in a piece.
+// Splits the buffers over threads in pieces and calls fn(piece, segment, begin, end) for the part of each
+// trainable segment that lies in a piece; `piece` counts from the start of the whole flat buffers.
 template <typename Fn>
-void for_pieces(std::span<const Segment> segments, int64_t count, Fn&& fn) {
-  parallel_for(kPieces, count < (int64_t{1} << 15) ? kPieces : 1, [&](int64_t first, int64_t last) {
+void for_pieces(std::span<const Segment> segments, const OptimizerBuffers& buffers, Fn&& fn) {
+  const int64_t count = buffers.gradients.numel();
+  const int64_t size = optimizer_piece(buffers.sums ? buffers.total : count);
+  const int64_t before = buffers.sums ? buffers.begin / size : 0, pieces = (count + size - 1) / size;
+  parallel_for(pieces, count < (int64_t{1} << 15) ? pieces : 1, [&](int64_t first, int64_t last) {
     for (int64_t piece = first; piece < last; ++piece) {
-      const int64_t low = count * piece / kPieces, high = count * (piece + 1) / kPieces;
+      const int64_t low = piece * size, high = low + size;
       for (const Segment& s : segments) {
         const int64_t begin = std::max(low, s.begin), end = std::min(high, s.begin + s.count);
-        if (s.trainable && begin < end) fn(piece, s, begin, end);
+        if (s.trainable && begin < end) fn(before + piece, s, begin, end);
       }
     }
   });
@@ -65,6 +64,17 @@ void find_nonfinite(std::span<const Segment> segments, const M* g, OptimizerStat
     found += here;
   }
   state.nonfinite = static_cast<int32_t>(std::min<int64_t>(found, std::numeric_limits<int32_t>::max()));
+}
+
+// The norm from the sums of the pieces, in their order; false when an element was not finite.
+bool set_norm(std::span<const double> sums, const Tensor& normaliser, OptimizerState& state) {
+  double sum = 0;
+  for (double s : sums) sum += s;
+  const double multiplier = static_cast<double>(*normaliser.as<float>()) / state.gradient_scale;
+  const bool finite = std::isfinite(sum);
+  state.gradient_norm = finite ? static_cast<float>(std::sqrt(sum) * std::abs(multiplier))
+                               : std::numeric_limits<float>::infinity();
+  return finite;
 }
 
 struct AdamWFactors {
@@ -129,19 +139,18 @@ void gradient_statistics(const Context&, std::span<const Segment> segments, cons
   visit_dtype(buffers.gradients.dtype, [&](auto tag) {
     using M = acc_t<decltype(tag)>;
     const M* g = buffers.gradients.as<M>();
-    std::array<double, kPieces> sums{};
-    for_pieces(segments, buffers.gradients.numel(),
-               [&](int64_t piece, const Segment&, int64_t begin, int64_t end) {
-                 sums[piece] += sum_of_squares(g + begin, end - begin);
-               });
-    double sum = 0;
-    for (double s : sums) sum += s;
-    const double multiplier = static_cast<double>(*normaliser.as<float>()) / state.gradient_scale;
-    state.gradient_norm = static_cast<float>(std::sqrt(sum) * std::abs(multiplier));
-    if (std::isfinite(sum)) return;
-    state.gradient_norm = std::numeric_limits<float>::infinity();
-    find_nonfinite(segments, g, state);
+    std::array<double, kOptimizerPieces> sums{};
+    for_pieces(segments, buffers, [&](int64_t piece, const Segment&, int64_t begin, int64_t end) {
+      sums[piece] += sum_of_squares(g + begin, end - begin);
+    });
+    if (buffers.sums) std::copy(sums.begin(), sums.end(), buffers.sums.as<double>());
+    if (!set_norm(sums, normaliser, state)) find_nonfinite(segments, g, state);
   });
+}
+
+void gradient_norm(const Context&, const Tensor& normaliser, OptimizerBuffers& buffers) {
+  OptimizerState& state = state_of(buffers);
+  state.nonfinite = !set_norm({buffers.sums.as<double>(), kOptimizerPieces}, normaliser, state);
 }
 
 void update_loss_scale(const Context&, const LossScaleRules& rules, OptimizerBuffers& buffers) {
@@ -175,7 +184,7 @@ void adamw(const Context&, std::span<const Segment> segments, const Tensor& norm
     M *g = buffers.gradients.as<M>(), *m = buffers.m.as<M>(), *v = buffers.v.as<M>(),
       *master = buffers.master.as<M>();
     W* weights = buffers.weights.as<W>();
-    for_pieces(segments, buffers.weights.numel(), [&](int64_t, const Segment& s, int64_t begin, int64_t end) {
+    for_pieces(segments, buffers, [&](int64_t, const Segment& s, int64_t begin, int64_t end) {
       const M decay = s.decay ? static_cast<M>(params.weight_decay) : M{0};
       adamw_piece(f, decay, end - begin, g + begin, m + begin, v + begin, master + begin, weights + begin);
     });

@@ -33,7 +33,21 @@ void check_factors(const char* operation, const char* argument, const Tensor& gi
   check_dtype(operation, argument, given, DType::f32);
 }
 
+void check_shard(const char* operation, const OptimizerBuffers& buffers) {
+  check_dtype(operation, "sums", buffers.sums, DType::f64);
+  check_shape(operation, "sums", buffers.sums, Shape{kOptimizerPieces});
+  if (buffers.begin < 0 || buffers.total < 1 || buffers.begin % optimizer_piece(buffers.total) != 0)
+    throw ShapeError(fmt::format("{}: a shard at element {} of {} does not begin with a piece of {}",
+                                 operation, buffers.begin, buffers.total, optimizer_piece(buffers.total)));
+}
+
 }  // namespace
+
+int64_t optimizer_piece(int64_t total) {
+  constexpr int64_t kAlignment = 32;
+  const int64_t share = (total + kOptimizerPieces - 1) / kOptimizerPieces;
+  return std::max<int64_t>(1, (share + kAlignment - 1) / kAlignment) * kAlignment;
+}
 
 float learning_rate(const Schedule& s, int64_t updates) {
   if (updates < s.warmup)
@@ -75,8 +89,17 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
   check_state("gradient_statistics", buffers.state);
   check_segments("gradient_statistics", segments, buffers.gradients.numel());
   check_factors("gradient_statistics", "normaliser", normaliser, 1);
+  if (buffers.sums) check_shard("gradient_statistics", buffers);
   if (ctx.rehearsal) return;
   return cpu::gradient_statistics(ctx, segments, normaliser, buffers);
+}
+
+void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers) {
+  check_state("gradient_norm", buffers.state);
+  check_factors("gradient_norm", "normaliser", normaliser, 1);
+  check_shard("gradient_norm", buffers);
+  if (ctx.rehearsal) return;
+  return cpu::gradient_norm(ctx, normaliser, buffers);
 }
 
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers) {
@@ -99,6 +122,7 @@ void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& 
   check_state("adamw", buffers.state);
   check_segments("adamw", segments, shape.numel());
   check_factors("adamw", "normaliser", normaliser, 1);
+  if (buffers.sums) check_shard("adamw", buffers);
   if (ctx.rehearsal) return;
   return cpu::adamw(ctx, segments, normaliser, params, buffers);
 }

@@ -19,6 +19,11 @@
 //                         master -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay * master),
 //                         weight = master rounded to the compute type.  decay applies to segments marked so.
 // Gradients are left as they are; the next step clears them. Everything but `weights` is fp32.
+//
+// Sharded over ranks (ZeRO stage 1), a rank's buffers are one part of the flat buffers, and it knows the norm
+// of that part alone. gradient_statistics then only fills `sums`, the caller adds those over the ranks, and
+// gradient_norm makes norm and non-finite count of them on every rank. On the CPU the bits are those of the
+// whole buffers.
 // Sources: Loshchilov & Hutter 2019 (AdamW); Micikevicius et al. 2018 (loss scaling); hysteresis as
 // Megatron-LM.
 #include <cstdint>
@@ -90,17 +95,29 @@ struct AdamWParams {
   float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, clip = 1.0f;  // clip 0: none
 };
 
+// Work and sums are cut into pieces of the whole flat buffers, the same whoever computes them: pieces of a
+// multiple of 32 elements, at most kOptimizerPieces of them. A shard begins with a piece.
+inline constexpr int64_t kOptimizerPieces = 256;
+int64_t optimizer_piece(int64_t total);  // elements of a piece of buffers of `total` elements
+
 struct OptimizerBuffers {
   Tensor weights;    // (P) compute type
   Tensor master;     // (P) main type, as are the rest
   Tensor gradients;  // (P)
   Tensor m, v;       // (P)
   Tensor state;      // (sizeof(OptimizerState)) uint8, on the same device
+  // A shard: P elements from element `begin` of `total`, whose segments are counted from `begin`. Without
+  // `sums` the buffers are whole.
+  int64_t begin = 0, total = 0;
+  // (kOptimizerPieces) fp64: sums of g^2, this rank's share; what other ranks hold is 0 here.
+  Tensor sums = {};
 };
 
 void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
 void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers);
+// Of a shard, once `sums` holds those of all ranks; nonfinite becomes 1 unless their sum is finite.
+void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
            const AdamWParams& params, OptimizerBuffers& buffers);
@@ -109,6 +126,7 @@ namespace cpu {
 void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
 void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers);
+void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
            const AdamWParams& params, OptimizerBuffers& buffers);

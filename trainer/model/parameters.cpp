@@ -51,25 +51,40 @@ Tensor ParameterStore::place(const char* segment, DType dtype, int64_t count, bo
   return placed;
 }
 
-void ParameterStore::allocate(kernels::Device device, DType compute, bool training, bool rehearsal) {
+void ParameterStore::allocate(kernels::Device device, DType compute, bool training, bool rehearsal,
+                              Sharding sharding) {
   device_ = device;
   compute_ = compute;
+  sharding_ = sharding;
   memory_.clear();
   buffers_ = {};
+  // A shard is a whole number of the optimizer's pieces, so that norms add up in the same order.
+  const int64_t pieces = (kernels::kOptimizerPieces + sharding.ranks - 1) / sharding.ranks;
+  shard_elements_ = sharded() ? pieces * kernels::optimizer_piece(elements_) : elements_;
+  const int64_t padded = sharding.ranks * shard_elements_;
   const DType main = kernels::main_dtype(compute);
-  buffers_.weights = place("weights", compute, elements_, rehearsal);
+  padded_weights_ = place("weights", compute, padded, rehearsal);
+  buffers_.weights = padded_weights_.slice(0, elements_);
   if (!training) return;
-  buffers_.master = place("master", main, elements_, rehearsal);
-  buffers_.gradients = place("gradients", main, elements_, rehearsal);
-  buffers_.m = place("m", main, elements_, rehearsal);
-  buffers_.v = place("v", main, elements_, rehearsal);
+  buffers_.master = place("master", main, shard_elements_, rehearsal);
+  padded_gradients_ = place("gradients", main, padded, rehearsal);
+  buffers_.gradients = padded_gradients_.slice(0, elements_);
+  buffers_.m = place("m", main, shard_elements_, rehearsal);
+  buffers_.v = place("v", main, shard_elements_, rehearsal);
+  place_state(rehearsal);
+}
 
+void ParameterStore::place_state(bool rehearsal) {
   auto& arena = *memory_.emplace_back(std::make_unique<kernels::Arena>("optimizer", device_));
-  const Shape shape{static_cast<int64_t>(sizeof(kernels::OptimizerState))};
-  buffers_.state = arena.allocate("state", DType::u8, shape);
+  const auto take = [&] {
+    buffers_.state =
+        arena.allocate("state", DType::u8, {static_cast<int64_t>(sizeof(kernels::OptimizerState))});
+    if (sharded()) sums_ = arena.allocate("sums", DType::f64, {kernels::kOptimizerPieces});
+  };
+  take();
   if (rehearsal) return;
   arena.place();
-  buffers_.state = arena.allocate("state", DType::u8, shape);
+  take();
   const kernels::OptimizerState fresh;
   kernels::copy_bytes(buffers_.state.data, device_, &fresh, {}, sizeof(fresh));
 }
@@ -81,7 +96,21 @@ void ParameterStore::assign(int id, const Tensor& values) {
   HostTensor rounded(compute_, p.shape);
   kernels::cast({}, values, rounded.tensor);
   kernels::copy_bytes(weight(id).data, device_, rounded.tensor.data, {}, rounded.tensor.bytes());
-  if (buffers_.master) kernels::copy_bytes(master(id).data, device_, values.data, {}, values.bytes());
+  if (buffers_.master) put(buffers_.master, id, values);
+}
+
+std::pair<int64_t, int64_t> ParameterStore::held_by(int rank, int id) const {
+  const Parameter& p = parameters_[static_cast<size_t>(id)];
+  const int64_t begin = std::clamp(rank * shard_elements_, p.begin, p.begin + p.shape.numel());
+  return {begin, std::clamp((rank + 1) * shard_elements_, begin, p.begin + p.shape.numel())};
+}
+
+void ParameterStore::put(const Tensor& flat, int id, const Tensor& values) {
+  const Parameter& p = parameters_[static_cast<size_t>(id)];
+  const auto [begin, end] = held_by(sharding_.rank, id);
+  const Tensor target = flat.slice(begin - sharding_.rank * shard_elements_, end - begin);
+  const Tensor source = values.view({p.shape.numel()}).slice(begin - p.begin, end - begin);
+  kernels::copy_bytes(target.data, device_, source.data, {}, target.bytes());
 }
 
 void ParameterStore::initialize(const Parameter& parameter, uint64_t seed, int id) {
@@ -113,7 +142,7 @@ void ParameterStore::initialize(const Context&, uint64_t seed) {
 }
 
 void ParameterStore::refresh_weights(const Context& ctx) {
-  kernels::cast(ctx, buffers_.master, buffers_.weights);
+  kernels::cast(ctx, buffers_.master, shard().weights);
 }
 
 void ParameterStore::freeze(const std::vector<std::string>& prefixes_kept_trainable) {
@@ -149,6 +178,27 @@ std::vector<kernels::Segment> ParameterStore::segments() const {
     segments.push_back(
         {.begin = p.begin, .count = p.shape.numel(), .decay = p.decay, .trainable = p.trainable});
   return segments;
+}
+
+kernels::OptimizerBuffers ParameterStore::shard() const {
+  kernels::OptimizerBuffers own = buffers_;
+  if (!sharded()) return own;
+  own.begin = sharding_.rank * shard_elements_;
+  own.total = elements_;
+  own.sums = sums_;
+  own.weights = padded_weights_.slice(own.begin, shard_elements_);
+  own.gradients = padded_gradients_.slice(own.begin, shard_elements_);
+  return own;
+}
+
+std::vector<kernels::Segment> ParameterStore::shard_segments() const {
+  std::vector<kernels::Segment> own = segments();
+  for (size_t i = 0; i < own.size(); ++i) {
+    const auto [begin, end] = held_by(sharding_.rank, static_cast<int>(i));
+    own[i].begin = begin < end ? begin - sharding_.rank * shard_elements_ : 0;
+    own[i].count = end - begin;
+  }
+  return own;
 }
 
 }  // namespace trainer

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/core/arena.h"
@@ -34,6 +35,12 @@ struct Parameter {
   int64_t begin = 0;  // first element in the flat buffers
 };
 
+// Which part of the optimizer's state (master, m, v) this rank holds: shard `rank` of `ranks`; one shard is
+// all of it.
+struct Sharding {
+  int rank = 0, ranks = 1;
+};
+
 class ParameterStore {
  public:
   // Registers a parameter and returns its number. Decay is on for matrices. A parameter starts at a multiple
@@ -44,16 +51,23 @@ class ParameterStore {
 
   // weights (compute type) always; master, gradients, m, v and the optimizer's state only for training. Only
   // weights and master wait for values; the rest starts at zero. `rehearsal` measures: the tensors have
-  // addresses that must not be touched, nothing is allocated.
-  void allocate(kernels::Device device, DType compute, bool training, bool rehearsal = false);
+  // addresses that must not be touched, nothing is allocated. Weights and gradients are whole on every rank,
+  // whatever the sharding.
+  void allocate(kernels::Device device, DType compute, bool training, bool rehearsal = false,
+                Sharding sharding = {});
   // Random initial values keyed by (seed, parameter name, element): independent of ranks and of other
   // parameters.
   void initialize(const Context& ctx, uint64_t seed);
-  // weights = master rounded to the compute type.
+  // weights = master rounded to the compute type; only of the own shard.
   void refresh_weights(const Context& ctx);
   // The values of one parameter, from dense host memory of the main type: into the master, where there is
   // one, and rounded into the weight.
   void assign(int id, const Tensor& values);
+  // The elements of parameter `id` that `flat` (master, m or v) holds, from and to dense host memory of the
+  // whole parameter.
+  void put(const Tensor& flat, int id, const Tensor& values);
+  // What rank `rank` holds of parameter `id`: elements [first, second) of the flat buffers.
+  std::pair<int64_t, int64_t> held_by(int rank, int id) const;
   // Every parameter whose name starts with none of the prefixes is no longer trainable.
   void freeze(const std::vector<std::string>& prefixes_kept_trainable);
 
@@ -62,26 +76,40 @@ class ParameterStore {
   DType compute() const { return compute_; }
   Tensor weight(int id) const;
   Tensor gradient(int id) const;
-  Tensor master(int id) const;
+  Tensor master(int id) const;  // not of a sharded store
   // Consecutive parameters with equal columns as one matrix (q, k, v: one product).
   Tensor fused_weight(int first, int last) const;
   Tensor fused_gradient(int first, int last) const;
+  // Weights and gradients (P); master, m and v: what this rank holds.
   kernels::OptimizerBuffers& buffers() { return buffers_; }
   const kernels::OptimizerBuffers& buffers() const { return buffers_; }
   std::vector<kernels::Segment> segments() const;
+  // What this rank's optimizer updates: the whole, or its shard of everything, with segments to match (as
+  // many as parameters, empty where it holds nothing).
+  kernels::OptimizerBuffers shard() const;
+  std::vector<kernels::Segment> shard_segments() const;
+  bool sharded() const { return sharding_.ranks > 1; }
+  const Sharding& sharding() const { return sharding_; }
+  int64_t shard_elements() const { return shard_elements_; }  // the same on every rank, padding included
+  // All weights, padded to whole shards: what every rank's updated shard is gathered into.
+  Tensor padded_weights() const { return padded_weights_; }
   // One arena per segment of memory: weights, master, gradients, m, v, optimizer.
   const std::vector<std::unique_ptr<kernels::Arena>>& memory() const { return memory_; }
 
  private:
   Tensor part(const Tensor& buffer, int first, int last) const;
   Tensor place(const char* segment, DType dtype, int64_t count, bool rehearsal);
+  void place_state(bool rehearsal);
   void initialize(const Parameter& parameter, uint64_t seed, int id);
 
   std::vector<Parameter> parameters_;
   int64_t elements_ = 0;
   DType compute_ = DType::f16;
   kernels::Device device_;
+  Sharding sharding_;
+  int64_t shard_elements_ = 0;
   kernels::OptimizerBuffers buffers_;
+  Tensor padded_weights_, padded_gradients_, sums_;
   std::vector<std::unique_ptr<kernels::Arena>> memory_;
 };
 

@@ -64,9 +64,11 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   scratch_->place();
   ctx_.scratch = scratch_.get();
   segments_ = model.parameters().segments();
+  shard_segments_ = model.parameters().shard_segments();
   loss_sums_.resize(model.losses().size());
   reducer_ = std::make_unique<comm::GradientReducer>(ranks, model.parameters().buffers().gradients,
-                                                     static_cast<size_t>(config.comm.bucket_mb * (1 << 20)));
+                                                     static_cast<size_t>(config.comm.bucket_mb * (1 << 20)),
+                                                     model.parameters().sharded() ? model.parameters().shard_elements() : 0);
   set_state(initial_state(config));
 }
 
@@ -131,17 +133,27 @@ StepMetrics Stepper::run(bool stop_requested) {
   }
   reducer_->ready(0);
   reducer_->finish();
-  kernels::gradient_statistics(ctx_, segments_, normaliser, buffers);
+  kernels::OptimizerBuffers shard = model_.parameters().shard();
+  kernels::gradient_statistics(ctx_, shard_segments_, normaliser, shard);
+  if (shard.sums) {
+    ranks_.all_reduce(shard.sums, comm::Reduce::sum);
+    kernels::gradient_norm(ctx_, normaliser, shard);
+  }
 
-  std::vector<int64_t> agreed = {host_state(buffers).nonfinite, stop_requested ? 1 : 0, culprit};
-  ranks_.all_reduce(view(agreed, {3}), comm::Reduce::max);
+  // The first of the tensors that the ranks found, as the distance from the end.
+  const auto tensors = static_cast<int64_t>(segments_.size());
+  const int64_t found = state().first_nonfinite < 0 ? 0 : tensors - state().first_nonfinite;
+  std::vector<int64_t> agreed = {state().nonfinite, stop_requested ? 1 : 0, culprit, found};
+  ranks_.all_reduce(view(agreed, {4}), comm::Reduce::max);
   ranks_.all_reduce(view(loss_sums_, {static_cast<int64_t>(loss_sums_.size())}), comm::Reduce::sum);
   host_state(buffers).nonfinite = static_cast<int32_t>(agreed[0]);
+  host_state(buffers).first_nonfinite = agreed[3] > 0 ? static_cast<int32_t>(tensors - agreed[3]) : -1;
   metrics.stop_requested = agreed[1] != 0;
   if (agreed[2] > 0) metrics.nonfinite_rank = static_cast<int>(ranks_.size() - agreed[2]);
 
   kernels::update_loss_scale(ctx_, rules, buffers);
-  kernels::adamw(ctx_, segments_, normaliser, adamw_params(config_), buffers);
+  kernels::adamw(ctx_, shard_segments_, normaliser, adamw_params(config_), shard);
+  if (model_.parameters().sharded()) ranks_.all_gather(shard.weights, model_.parameters().padded_weights());
 
   for (size_t i = 0; i < loss_sums_.size(); ++i)
     metrics.losses.push_back(loss_sums_[i] / std::max(plan.weight_sums[model_.losses()[i].offset], 1.0));

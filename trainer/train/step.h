@@ -59,7 +59,7 @@ class Stepper {
   kernels::Context ctx_;
   std::unique_ptr<kernels::Arena> saved_, scratch_;
   std::unique_ptr<comm::GradientReducer> reducer_;
-  std::vector<kernels::Segment> segments_;
+  std::vector<kernels::Segment> segments_, shard_segments_;
   std::vector<double> loss_sums_;
   int64_t reference_rows_ = 1;
 };
