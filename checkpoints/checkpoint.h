@@ -38,6 +38,12 @@ class Writer {
   // CheckpointError when there is not enough free space, a name or type cannot be stored, or the last save
   // has not been committed or discarded; nothing is left behind then.
   void start(int64_t step, const Attributes& attributes, const std::vector<NamedTensor>& tensors);
+  // The same in two parts, for values that lie elsewhere (on a GPU, on other ranks): prepare() takes memory
+  // for tensors of these names, types and shapes and returns it, dense, in their order; begin() starts the
+  // save once the caller has filled it.
+  std::vector<Tensor> prepare(int64_t step, const Attributes& attributes,
+                              const std::vector<NamedTensor>& tensors);
+  void begin();
   bool busy() const;     // a save is being written
   bool written() const;  // a save is complete and waits for commit or discard
   // Waits; returns false with a reason when the save failed (training goes on with a warning).

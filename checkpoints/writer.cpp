@@ -62,6 +62,17 @@ void assign_pieces(std::vector<Snapshot>& tensors, int shards) {
   }
 }
 
+// Host memory, dense or with longer rows, into dense memory.
+void copy_rows(const Tensor& from, const Tensor& to) {
+  if (from.device.is_cuda())
+    throw CheckpointError(fmt::format("tensor {} is on a GPU; copy it to host memory", to_string(from)));
+  const size_t element = kernels::size_of(from.dtype), row = static_cast<size_t>(from.cols()) * element;
+  const size_t stride = static_cast<size_t>(from.row_stride) * element;
+  for (int64_t r = 0; r < from.rows() && row > 0; ++r)
+    std::memcpy(static_cast<char*>(to.data) + static_cast<size_t>(r) * row,
+                static_cast<const char*>(from.data) + static_cast<size_t>(r) * stride, row);
+}
+
 }  // namespace
 
 struct Writer::Impl {
@@ -81,7 +92,7 @@ struct Writer::Impl {
     return directory / fmt::format("{}{}", kTemporaryPrefix, step_name(manifest.step));
   }
   void prepare_directory();
-  void copy(const std::vector<NamedTensor>& given);
+  void reserve(const std::vector<NamedTensor>& given);
   void run() noexcept;
   void write_shard(int index);
   void join() {
@@ -94,16 +105,16 @@ struct Writer::Impl {
   }
 };
 
-void Writer::Impl::copy(const std::vector<NamedTensor>& given) {
+// Takes memory for a snapshot of the given tensors.
+void Writer::Impl::reserve(const std::vector<NamedTensor>& given) {
   tensors.clear();
   size_t total = 0;
   for (const NamedTensor& named : given) {
     const kernels::Tensor& t = named.tensor;
     const bool storable = t.dtype != kernels::DType::f16 && t.dtype != kernels::DType::bf16;
-    if (!storable || t.shape.rank() == 0 || t.device.is_cuda())
+    if (!storable || t.shape.rank() == 0)
       throw CheckpointError(
-          fmt::format("tensor {} ({}) cannot be stored; save its fp32 master from host memory", named.name,
-                      to_string(t)));
+          fmt::format("tensor {} ({}) cannot be stored; save its fp32 master", named.name, to_string(t)));
     tensors.push_back({{named.name, t.dtype, t.shape, {}}, total});
     total += static_cast<size_t>(checked_bytes(named.name, t.dtype, t.shape));
   }
@@ -114,14 +125,6 @@ void Writer::Impl::copy(const std::vector<NamedTensor>& given) {
     throw CheckpointError(fmt::format("a checkpoint needs {} MiB, but {} has {} MiB free; free some space",
                                       (needed >> 20) + 1, directory.string(), free >> 20));
   if (snapshot.size() < total) snapshot.resize(total);
-  for (size_t i = 0; i < given.size(); ++i) {
-    const kernels::Tensor& t = given[i].tensor;
-    const size_t row = t.dense() ? t.bytes() : static_cast<size_t>(tensors[i].entry.row_bytes());
-    const size_t stride = static_cast<size_t>(t.row_stride) * kernels::size_of(t.dtype);
-    for (int64_t r = 0; r < (t.dense() ? 1 : t.rows()) && row > 0; ++r)
-      std::memcpy(snapshot.data() + tensors[i].offset + static_cast<size_t>(r) * row,
-                  static_cast<const char*>(t.data) + static_cast<size_t>(r) * stride, row);
-  }
 }
 
 // Creates the folder durably and removes what a killed save left behind.
@@ -180,6 +183,13 @@ Writer::Writer(Path directory, int shards) : impl_(std::make_unique<Impl>()) {
 Writer::~Writer() { impl_->clear(); }
 
 void Writer::start(int64_t step, const Attributes& attributes, const std::vector<NamedTensor>& tensors) {
+  const std::vector<Tensor> places = prepare(step, attributes, tensors);
+  for (size_t i = 0; i < tensors.size(); ++i) copy_rows(tensors[i].tensor, places[i]);
+  begin();
+}
+
+std::vector<Tensor> Writer::prepare(int64_t step, const Attributes& attributes,
+                                    const std::vector<NamedTensor>& tensors) {
   if (impl_->state == Impl::State::writing || impl_->state == Impl::State::written)
     throw CheckpointError(
         fmt::format("the checkpoint of step {} is not committed yet", impl_->manifest.step));
@@ -189,7 +199,14 @@ void Writer::start(int64_t step, const Attributes& attributes, const std::vector
   impl_->attributes = attributes;
   impl_->manifest.step = step;
   impl_->prepare_directory();
-  impl_->copy(tensors);
+  impl_->reserve(tensors);
+  std::vector<Tensor> places;
+  for (const Snapshot& t : impl_->tensors)
+    places.emplace_back(impl_->snapshot.data() + t.offset, t.entry.dtype, t.entry.shape);
+  return places;
+}
+
+void Writer::begin() {
   if (::mkdir(impl_->temporary().c_str(), 0777) != 0) fail_errno(impl_->temporary(), "cannot create");
   impl_->reason.clear();
   impl_->state = Impl::State::writing;

@@ -30,9 +30,9 @@ GradientReducer::GradientReducer(Communicator& communicator, Tensor gradients, s
 
 void GradientReducer::send(int64_t begin, int64_t end) {
   const Tensor bucket = gradients_.slice(begin, end - begin);
-  in_flight_.push_back(
-      shard_ > 0 ? communicator_.reduce_async(bucket, Reduce::sum, static_cast<int>(begin / shard_))
-                 : communicator_.all_reduce_async(bucket, Reduce::sum));
+  in_flight_.push_back(shard_ > 0
+                           ? communicator_.reduce_async(bucket, Reduce::sum, static_cast<int>(begin / shard_))
+                           : communicator_.all_reduce_async(bucket, Reduce::sum));
 }
 
 void GradientReducer::ready(int64_t begin) {

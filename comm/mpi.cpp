@@ -343,8 +343,8 @@ void Reduction::wait() {
 void check_amount(const char* operation, const Tensor& t) {
   check_reducible(operation, t);
   if (t.bytes() > static_cast<size_t>(std::numeric_limits<int>::max()))
-    throw kernels::ShapeError(fmt::format("{}: {} is too much at once; reduce it in buckets below 2 GiB",
-                                          operation, to_string(t)));
+    throw kernels::ShapeError(
+        fmt::format("{}: {} is too much at once; reduce it in buckets below 2 GiB", operation, to_string(t)));
 }
 
 std::unique_ptr<Request> World::all_reduce_async(Tensor t, Reduce op) {

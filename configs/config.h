@@ -150,7 +150,8 @@ struct CommConfig {
   template <typename Visitor>
   void options(Visitor&& v) {
     v(zero, "zero", Range{0, 1},
-      "ZeRO stage: 1 spreads the optimizer's state (masters and moments) over the ranks, 0 keeps all of it on "
+      "ZeRO stage: 1 spreads the optimizer's state (masters and moments) over the ranks, 0 keeps all of it "
+      "on "
       "every rank");
     v(bucket_mb, "bucket_mb", Range{0.001, 4096}, "gradients sent at once, in MiB");
     v(deadline_seconds, "deadline_seconds", Range{1, 1e6},

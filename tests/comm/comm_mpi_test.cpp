@@ -142,6 +142,49 @@ void test_requests_in_any_order(Communicator& world) {
            fmt::format("request {} among several", i));
 }
 
+void test_reduce_and_transfer(Communicator& world) {
+  for (int root = 0; root < world.size(); ++root)
+    for (int64_t n : kSizes) {
+      std::vector<float> v = values_of<float>(world.rank(), n, 21);
+      world.reduce_async(view(v), Reduce::sum, root)->wait();
+      expect(same_bits(v, world.rank() == root ? expected<float>(world.size(), n, 21, Reduce::sum)
+                                               : values_of<float>(world.rank(), n, 21)),
+             fmt::format("reduce of {} to {}", n, root));
+      const int from = (root + 1) % world.size();
+      std::vector<double> t = values_of<double>(world.rank(), n, 22);
+      world.transfer(view(t), from, root);
+      expect(same_bits(t, values_of<double>(world.rank() == root ? from : world.rank(), n, 22)),
+             fmt::format("transfer of {} from {} to {}", n, from, root));
+    }
+}
+
+// Every rank ends with the sums of its own shard, also where the last shards are short or empty.
+void test_sharded_gradients(Communicator& world) {
+  constexpr int64_t kParameters = 40009;
+  const int64_t even = (kParameters + world.size() - 1) / world.size();
+  for (int64_t shard : {even, even + 5000, kParameters}) {
+    std::vector<float> gradients = values_of<float>(world.rank(), kParameters, 70);
+    comm::GradientReducer reducer(world, view(gradients), 8000, shard);
+    for (int64_t end = kParameters; end > 0; end -= 6007) {
+      reducer.ready(std::max<int64_t>(0, end - 6007));
+      reducer.progress();
+    }
+    reducer.finish();
+    const auto right = expected<float>(world.size(), kParameters, 70, Reduce::sum);
+    const auto begin = std::min(kParameters, shard * world.rank());
+    const auto end = std::min(kParameters, begin + shard);
+    expect(std::equal(gradients.begin() + begin, gradients.begin() + end, right.begin() + begin),
+           fmt::format("gradients in shards of {}", shard));
+  }
+  std::vector<float> all(static_cast<size_t>(100 * world.size()), -1.0f);
+  std::fill_n(all.begin() + 100 * world.rank(), 100, static_cast<float>(world.rank()));
+  const Tensor whole = view(all);
+  world.all_gather(whole.slice(100 * world.rank(), 100), whole);
+  bool same = true;
+  for (int i = 0; i < 100 * world.size(); ++i) same = same && all[static_cast<size_t>(i)] == i / 100;
+  expect(same, "all_gather in place");
+}
+
 void test_gradient_reducer(Communicator& world) {
   constexpr int64_t kParameters = 40009;
   std::vector<float> gradients;
@@ -180,6 +223,8 @@ int main(int argc, char** argv) {
     test_broadcast_and_gather(world);
     test_requests_in_any_order(world);
     test_gradient_reducer(world);
+    test_reduce_and_transfer(world);
+    test_sharded_gradients(world);
     expect(session.local_size() == world.size() && session.local_rank() == world.rank(),
            "ranks of this host");
     return world.all_reduce(int64_t{failures}, Reduce::max) == 0 ? 0 : 1;

@@ -14,6 +14,7 @@ class Recorder final : public comm::Communicator {
   struct Sent {
     const void* data;
     int64_t count;
+    int root = -1;
   };
   struct Done final : comm::Request {
     explicit Done(int& waits) : waits(waits) {}
@@ -27,6 +28,11 @@ class Recorder final : public comm::Communicator {
     sent.push_back({t.data, t.numel()});
     return std::make_unique<Done>(waits);
   }
+  std::unique_ptr<comm::Request> reduce_async(Tensor t, comm::Reduce, int root) override {
+    sent.push_back({t.data, t.numel(), root});
+    return std::make_unique<Done>(waits);
+  }
+  void transfer(Tensor, int, int) override { throw std::logic_error("not used"); }
   void all_reduce(Tensor, comm::Reduce) override { throw std::logic_error("not used"); }
   void broadcast(Tensor, int) override { throw std::logic_error("not used"); }
   void all_gather(const Tensor&, Tensor) override { throw std::logic_error("not used"); }
@@ -80,6 +86,22 @@ TEST(GradientReducer, ABucketIsSentOnceItIsWholeAndNotBefore) {
       EXPECT_EQ(ranks.sent[i].count, 100);
     }
   }
+}
+
+TEST(GradientReducer, ShardsGoToTheirOwners) {
+  Recorder ranks;
+  std::vector<float> gradients(1000);
+  const Tensor flat(gradients.data(), DType::f32, {1000});
+  comm::GradientReducer reducer(ranks, flat, 4 * 150, 600);
+  reducer.ready(700);
+  EXPECT_EQ(ranks.sent.size(), 1u);  // [850, 1000) is whole, the rest of shard 1 is not
+  reducer.finish();
+  std::vector<std::pair<int64_t, int>> sent;  // end and owner
+  for (const auto& s : ranks.sent)
+    sent.emplace_back(static_cast<const float*>(s.data) - gradients.data() + s.count, s.root);
+  EXPECT_EQ(sent, (std::vector<std::pair<int64_t, int>>{
+                      {1000, 1}, {850, 1}, {600, 0}, {450, 0}, {300, 0}, {150, 0}}));
+  EXPECT_THROW(comm::GradientReducer(ranks, flat, 4, 499), kernels::ShapeError);
 }
 
 TEST(GradientReducer, OneRankSendsNothing) {

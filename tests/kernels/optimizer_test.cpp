@@ -2,9 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "kernels/core/parallel.h"
 #include "kernels/ops/cast.h"
@@ -377,6 +379,91 @@ TEST(Optimizer, RefusesSegmentsOutsideTheBuffers) {
   const std::vector<Segment> segments = {{.begin = 8, .count = 9}};
   EXPECT_THROW(kernels::gradient_statistics({}, segments, one(1), model.buffers), kernels::ShapeError);
   EXPECT_THROW(kernels::adamw({}, segments, one(1), {}, model.buffers), kernels::ShapeError);
+}
+
+// The part of `segments` that lies in [begin, begin + count), counted from `begin`.
+std::vector<Segment> cut(std::vector<Segment> segments, int64_t begin, int64_t count) {
+  for (Segment& s : segments) {
+    const int64_t low = std::clamp(s.begin, begin, begin + count);
+    s.count = std::clamp(s.begin + s.count, low, begin + count) - low;
+    s.begin = low - begin;
+  }
+  return segments;
+}
+
+// Steps every shard of a model of its own, exchanging only the sums; returns what the shards moved.
+std::vector<std::vector<double>> step_in_shards(int shards, int64_t count,
+                                                const std::vector<Segment>& segments,
+                                                const AdamWParams& params, double poison,
+                                                OptimizerState& last) {
+  const int64_t pieces = (kernels::kOptimizerPieces + shards - 1) / shards;
+  const int64_t width = pieces * kernels::optimizer_piece(count);
+  std::vector<std::unique_ptr<Model>> models;
+  std::vector<kernels::OptimizerBuffers> parts;
+  std::vector<std::vector<double>> sums;
+  for (int r = 0; r < shards && r * width < count; ++r) {
+    Model& model = *models.emplace_back(std::make_unique<Model>(count));
+    if (poison != 0) model.gradients.tensor().as<float>()[count - 7] = static_cast<float>(poison);
+    const int64_t begin = r * width, n = std::min(width, count - begin);
+    sums.emplace_back(kernels::kOptimizerPieces, std::nan(""));
+    const auto part = [&](TensorBuffer& b) { return b.tensor().slice(begin, n); };
+    auto& own = parts.emplace_back(kernels::OptimizerBuffers{
+        part(model.weights), part(model.master), part(model.gradients), part(model.m), part(model.v),
+        model.state, begin, count,
+        kernels::Tensor(sums.back().data(), DType::f64, {kernels::kOptimizerPieces})});
+    kernels::gradient_statistics({}, cut(segments, begin, n), 0.5f, own);
+  }
+  std::vector<double> total(kernels::kOptimizerPieces, 0.0);
+  for (const auto& s : sums)
+    for (size_t i = 0; i < total.size(); ++i) total[i] += s[i];
+  std::vector<std::vector<double>> moved(4);
+  for (size_t r = 0; r < parts.size(); ++r) {
+    std::copy(total.begin(), total.end(), sums[r].begin());
+    kernels::gradient_norm({}, 0.5f, parts[r]);
+    kernels::update_loss_scale({}, {}, parts[r]);
+    kernels::adamw({}, cut(segments, parts[r].begin, parts[r].master.numel()), 0.5f, params, parts[r]);
+    const TensorBuffer* whole[] = {&models[r]->weights, &models[r]->master, &models[r]->m, &models[r]->v};
+    for (size_t i = 0; i < 4; ++i) {
+      const auto values = whole[i]->values();
+      moved[i].insert(moved[i].end(), values.begin() + parts[r].begin,
+                      values.begin() + parts[r].begin + parts[r].master.numel());
+    }
+    last = models[r]->now();
+  }
+  return moved;
+}
+
+TEST(Optimizer, ShardsOnSeveralRanksMoveLikeTheWholeBitForBit) {
+  const int64_t count = 9000;  // pieces of 64
+  const std::vector<Segment> segments = {
+      {0, 2000, true, true}, {2016, 70, false, true}, {2112, 4000, true, false}, {6112, 2888, true, true}};
+  AdamWParams params;
+  params.clip = 0.5f;  // the norm matters
+  for (const double poison : {0.0, static_cast<double>(INFINITY)}) {
+    Model whole(count);
+    if (poison != 0) whole.gradients.tensor().as<float>()[count - 7] = INFINITY;
+    whole.step(segments, {}, params, 0.5f);
+    for (int shards : {1, 2, 3, 7, 150}) {
+      OptimizerState state;
+      const auto moved = step_in_shards(shards, count, segments, params, poison, state);
+      EXPECT_EQ(moved[0], whole.weights.values()) << shards;
+      EXPECT_EQ(moved[1], whole.master.values()) << shards;
+      EXPECT_EQ(moved[2], whole.m.values()) << shards;
+      EXPECT_EQ(moved[3], whole.v.values()) << shards;
+      EXPECT_EQ(state.gradient_norm, whole.now().gradient_norm) << shards;
+      EXPECT_EQ(state.skip, poison != 0) << shards;
+      EXPECT_EQ(state.updates, whole.now().updates) << shards;
+    }
+  }
+}
+
+TEST(Optimizer, AShardThatCutsAPieceIsRefused) {
+  Model model(40000);
+  std::vector<double> sums(kernels::kOptimizerPieces);
+  model.buffers.sums = kernels::Tensor(sums.data(), DType::f64, {kernels::kOptimizerPieces});
+  model.buffers.total = 80000;
+  model.buffers.begin = 100;
+  EXPECT_THROW(kernels::gradient_statistics({}, {}, 1, model.buffers), kernels::ShapeError);
 }
 
 }  // namespace

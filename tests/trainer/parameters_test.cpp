@@ -90,4 +90,43 @@ TEST(Parameters, FreezeKeepsTheNamedTrainable) {
   EXPECT_TRUE(store.segments()[1].trainable);
 }
 
+TEST(Parameters, AShardHoldsItsPartOfTheOptimizersStateAndNoMore) {
+  const auto build = [](ParameterStore& store, trainer::Sharding sharding, bool rehearsal) {
+    store.add("embedding", {300, 40}, {Init::Kind::normal});
+    store.add("gain", {41}, {Init::Kind::normal});
+    store.add("matrix", {211, 64}, {Init::Kind::normal});
+    store.allocate({}, DType::f16, true, rehearsal, sharding);
+    if (!rehearsal) store.initialize({}, 5);
+  };
+  ParameterStore whole;
+  build(whole, {}, false);
+  for (const int ranks : {2, 3, 5}) {
+    std::vector<double> masters;
+    for (int r = 0; r < ranks; ++r) {
+      ParameterStore store, planned;
+      build(store, {r, ranks}, false);
+      build(planned, {r, ranks}, true);
+      size_t state = 0;
+      for (const auto& arena : planned.memory())
+        if (arena->segment() == "master" || arena->segment() == "m" || arena->segment() == "v")
+          state += arena->high_water();
+      const auto elements = static_cast<size_t>(store.elements());
+      EXPECT_GE(state * ranks, 12 * elements);
+      // A shard is rounded up to whole pieces, of which there are 256.
+      EXPECT_LE(state, 12 * (elements / ranks + 2 * kernels::optimizer_piece(store.elements())));
+      EXPECT_EQ(to_doubles(store.buffers().weights), to_doubles(whole.buffers().weights));
+      const std::vector<double> own = to_doubles(store.buffers().master);
+      masters.insert(masters.end(), own.begin(), own.end());
+      int64_t covered = 0;
+      for (const auto& segment : store.shard_segments()) {
+        EXPECT_LE(segment.begin + segment.count, store.shard_elements());
+        covered += segment.count;
+      }
+      EXPECT_GT(covered, 0);
+    }
+    masters.resize(static_cast<size_t>(whole.elements()));
+    EXPECT_EQ(masters, to_doubles(whole.buffers().master)) << ranks;
+  }
+}
+
 }  // namespace

@@ -217,4 +217,19 @@ TEST_F(Train, PlanCountsWhatARunTakes) {
   EXPECT_GT(plan.seconds_per_step, 0);
 }
 
+TEST_F(Train, PlanShowsWhatShardsSave) {
+  auto config = tiny_config(folder_.path());
+  const auto state_bytes = [&](int ranks) {
+    int64_t bytes = 0;
+    for (const auto& row : trainer::plan(config, 257, ranks).rows)
+      if (row.segment == "master" || row.segment == "m" || row.segment == "v") bytes += row.bytes;
+    return static_cast<double>(bytes);
+  };
+  const double whole = state_bytes(4);
+  config.comm.zero = 1;
+  EXPECT_EQ(state_bytes(1), whole);
+  // A shard is rounded up to whole pieces of the buffers, of which there are some 200.
+  EXPECT_NEAR(state_bytes(4) * 4 / whole, 1, 0.02);
+}
+
 }  // namespace

@@ -59,8 +59,8 @@ void ParameterStore::allocate(kernels::Device device, DType compute, bool traini
   memory_.clear();
   buffers_ = {};
   // A shard is a whole number of the optimizer's pieces, so that norms add up in the same order.
-  const int64_t pieces = (kernels::kOptimizerPieces + sharding.ranks - 1) / sharding.ranks;
-  shard_elements_ = sharded() ? pieces * kernels::optimizer_piece(elements_) : elements_;
+  const int64_t piece = kernels::optimizer_piece(elements_), pieces = (elements_ + piece - 1) / piece;
+  shard_elements_ = sharded() ? (pieces + sharding.ranks - 1) / sharding.ranks * piece : elements_;
   const int64_t padded = sharding.ranks * shard_elements_;
   const DType main = kernels::main_dtype(compute);
   padded_weights_ = place("weights", compute, padded, rehearsal);
@@ -108,6 +108,7 @@ std::pair<int64_t, int64_t> ParameterStore::held_by(int rank, int id) const {
 void ParameterStore::put(const Tensor& flat, int id, const Tensor& values) {
   const Parameter& p = parameters_[static_cast<size_t>(id)];
   const auto [begin, end] = held_by(sharding_.rank, id);
+  if (begin == end) return;
   const Tensor target = flat.slice(begin - sharding_.rank * shard_elements_, end - begin);
   const Tensor source = values.view({p.shape.numel()}).slice(begin - p.begin, end - begin);
   kernels::copy_bytes(target.data, device_, source.data, {}, target.bytes());

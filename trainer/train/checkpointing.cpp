@@ -60,18 +60,25 @@ std::filesystem::path Checkpointing::choose(const std::string& resume) const {
 
 // Every element of the training state under its canonical name: master/<parameter>, m/<parameter>,
 // v/<parameter>.
-std::vector<checkpoints::NamedTensor> Checkpointing::tensors() const {
-  std::vector<checkpoints::NamedTensor> list;
+std::vector<Checkpointing::Item> Checkpointing::items() const {
+  std::vector<Item> list;
   const auto& buffers = model_.parameters().buffers();
   const std::pair<const char*, Tensor> groups[] = {
       {"master", buffers.master}, {"m", buffers.m}, {"v", buffers.v}};
+  const auto& parameters = model_.parameters().parameters();
   for (const auto& [group, flat] : groups)
-    for (const auto& p : model_.parameters().parameters()) {
-      const Tensor part = flat.slice(p.begin, p.shape.numel());
-      list.push_back({fmt::format("{}/{}", group, p.name), part.view(p.shape)});
-    }
-  list.push_back({"state/optimizer", buffers.state});
+    for (size_t i = 0; i < parameters.size(); ++i)
+      list.push_back(
+          {fmt::format("{}/{}", group, parameters[i].name), flat, static_cast<int>(i), parameters[i].shape});
+  list.push_back({"state/optimizer", buffers.state, -1, buffers.state.shape});
   return list;
+}
+
+OptimizerState Checkpointing::state() const {
+  const Tensor& there = model_.parameters().buffers().state;
+  OptimizerState state;
+  kernels::copy_bytes(&state, {}, there.data, there.device, sizeof(state));
+  return state;
 }
 
 Progress Checkpointing::restore(const std::filesystem::path& checkpoint) {
@@ -83,15 +90,26 @@ Progress Checkpointing::restore(const std::filesystem::path& checkpoint) {
         "{} was trained with another tokenizer than the data in {}: point data.path at the folder it was "
         "trained on",
         checkpoint.string(), config_.data.path));
-  for (auto& [name, tensor] : tensors()) {
-    if (!reader.contains(name) || reader.shape(name) != tensor.shape)
+  ParameterStore& store = model_.parameters();
+  std::vector<char> staging;
+  for (const Item& item : items()) {
+    if (!reader.contains(item.name) || reader.shape(item.name) != item.shape)
       throw kernels::CheckpointError(fmt::format(
           "{} does not fit this configuration: tensor {} is {} there and {} here; use the configuration it "
           "was trained "
           "with, or train.init_from to take over only what fits",
-          checkpoint.string(), name, reader.contains(name) ? to_string(reader.shape(name)) : "missing",
-          to_string(tensor.shape)));
-    reader.read(name, tensor);
+          checkpoint.string(), item.name,
+          reader.contains(item.name) ? to_string(reader.shape(item.name)) : "missing",
+          to_string(item.shape)));
+    staging.resize(static_cast<size_t>(item.shape.numel()) * kernels::size_of(item.flat.dtype));
+    const Tensor values(staging.data(), item.flat.dtype, item.shape);
+    reader.read(item.name, values);
+    if (item.parameter < 0)
+      kernels::copy_bytes(item.flat.data, item.flat.device, values.data, {}, values.bytes());
+    else if (item.flat.data == store.buffers().master.data)
+      store.assign(item.parameter, values);
+    else
+      store.put(item.flat, item.parameter, values);
   }
   Progress progress;
   const auto integer = [&](const char* key, int64_t fallback) {
@@ -107,18 +125,16 @@ Progress Checkpointing::restore(const std::filesystem::path& checkpoint) {
   return progress;
 }
 
-void Checkpointing::save(const Progress& progress) {
-  if (!writer_) return;
-  finish(progress, false);
-  const auto& state = *static_cast<const OptimizerState*>(model_.parameters().buffers().state.data);
+checkpoints::Attributes Checkpointing::attributes(const Progress& progress) const {
+  const OptimizerState now = state();
   checkpoints::Attributes attributes;
   attributes.text = {{"config", configs::to_ini(config_)},
                      {"tokenizer", tokenizer_},
                      {"tokenizer_hash", tokenizer_hash_},
                      {"version", kernels::kVersion}};
   attributes.integers = {
-      {"step", state.step},
-      {"updates", state.updates},
+      {"step", now.step},
+      {"updates", now.updates},
       {"tokens", progress.tokens},
       {"vocabulary", model_.vocabulary()},
       {"seed", config_.train.seed},
@@ -126,11 +142,66 @@ void Checkpointing::save(const Progress& progress) {
       {"ranks", ranks_.size()},
       {"best_step", progress.best_step},
       {"best_validation_loss_bits", std::bit_cast<int64_t>(progress.best_validation_loss)}};
+  return attributes;
+}
+
+void Checkpointing::failed(const std::string& reason) {
+  warn(fmt::format("no checkpoint at step {}: {}", state().step, reason));
+  last_failure_ = reason;
+}
+
+// On rank 0: memory for the snapshot; false when there can be none now.
+bool Checkpointing::prepare(const Progress& progress, std::vector<Tensor>& places) {
+  finish(progress, false);
+  std::vector<checkpoints::NamedTensor> wanted;
+  for (const Item& item : items())
+    wanted.push_back({item.name, Tensor(nullptr, item.flat.dtype, item.shape)});
   try {
-    writer_->start(state.step, attributes, tensors());
+    places = writer_->prepare(state().step, attributes(progress), wanted);
   } catch (const kernels::CheckpointError& e) {
-    warn(fmt::format("no checkpoint at step {}: {}", state.step, e.what()));
-    last_failure_ = e.what();
+    failed(e.what());
+    return false;
+  }
+  return true;
+}
+
+// Brings one tensor together in `place` on rank 0, from whichever ranks hold it.
+void Checkpointing::collect(const Item& item, const Tensor& place, std::vector<char>& staging) const {
+  const ParameterStore& store = model_.parameters();
+  const auto element = static_cast<int64_t>(kernels::size_of(item.flat.dtype));
+  if (item.parameter < 0) {
+    if (place) kernels::copy_bytes(place.data, {}, item.flat.data, item.flat.device, place.bytes());
+    return;
+  }
+  const int64_t first = store.parameters()[static_cast<size_t>(item.parameter)].begin;
+  for (int r = 0; r < store.sharding().ranks; ++r) {
+    const auto [begin, end] = store.held_by(r, item.parameter);
+    if (begin == end) continue;
+    if (!place) staging.resize(static_cast<size_t>((end - begin) * element));
+    void* target = place ? static_cast<char*>(place.data) + (begin - first) * element : staging.data();
+    const Tensor part(target, item.flat.dtype, {end - begin});
+    if (r == store.sharding().rank)
+      kernels::copy_bytes(target, {}, item.flat.slice(begin - r * store.shard_elements(), end - begin).data,
+                          item.flat.device, part.bytes());
+    if (r > 0) ranks_.transfer(part, r, 0);
+  }
+}
+
+void Checkpointing::save(const Progress& progress) {
+  const bool sharded = model_.parameters().sharded();
+  if (!writer_ && !sharded) return;
+  std::vector<Tensor> places;
+  bool possible = writer_ && prepare(progress, places);
+  if (sharded) possible = ranks_.all_reduce(int64_t{possible}, comm::Reduce::max) != 0;
+  if (!possible) return;
+  const std::vector<Item> list = items();
+  std::vector<char> staging;
+  for (size_t i = 0; i < list.size(); ++i) collect(list[i], writer_ ? places[i] : Tensor(), staging);
+  if (!writer_) return;
+  try {
+    writer_->begin();
+  } catch (const kernels::CheckpointError& e) {
+    failed(e.what());
   }
 }
 

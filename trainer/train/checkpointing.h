@@ -1,6 +1,6 @@
 #pragma once
-// What a training run saves and how it comes back. Rank 0 holds the whole state (data parallel), so it alone
-// writes; every rank reads.
+// What a training run saves and how it comes back. Rank 0 alone writes; a sharded optimizer's state is
+// gathered on it first, so that a checkpoint does not depend on the sharding. Every rank reads.
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -31,8 +31,8 @@ class Checkpointing {
   // Reads it into the model and its optimizer; CheckpointError when it belongs to another model or tokenizer.
   Progress restore(const std::filesystem::path& checkpoint);
 
-  // Starts a background save on rank 0. An earlier save still being written is waited for and committed
-  // first.
+  // Starts a background save on rank 0; called by all ranks. An earlier save still being written is waited
+  // for and committed first.
   void save(const Progress& progress);
   // Commits a save that has been written, if there is one. Called between steps. Returns its path, else
   // empty.
@@ -42,7 +42,20 @@ class Checkpointing {
   std::filesystem::path finish(const Progress& progress, bool must);
 
  private:
-  std::vector<checkpoints::NamedTensor> tensors() const;
+  // One tensor of the training state: a parameter's part of a flat buffer; the optimizer's state where
+  // parameter is -1.
+  struct Item {
+    std::string name;
+    kernels::Tensor flat;
+    int parameter;
+    kernels::Shape shape;
+  };
+  std::vector<Item> items() const;
+  kernels::OptimizerState state() const;
+  checkpoints::Attributes attributes(const Progress& progress) const;
+  bool prepare(const Progress& progress, std::vector<kernels::Tensor>& places);
+  void collect(const Item& item, const kernels::Tensor& place, std::vector<char>& staging) const;
+  void failed(const std::string& reason);
 
   const configs::Config& config_;
   comm::Communicator& ranks_;

@@ -65,9 +65,11 @@ void add_entries(Plan& plan, const std::string& segment, const std::vector<kerne
 
 // What a segment of the parameter store holds, as the table says it.
 std::string buffer_name(const std::string& segment, int shards) {
-  static const std::map<std::string, std::string> names = {
-      {"weights", "compute weights"}, {"gradients", "fp32 gradients"},     {"master", "fp32 master weights"},
-      {"m", "AdamW m"},               {"v", "AdamW v"}};
+  static const std::map<std::string, std::string> names = {{"weights", "compute weights"},
+                                                           {"gradients", "fp32 gradients"},
+                                                           {"master", "fp32 master weights"},
+                                                           {"m", "AdamW m"},
+                                                           {"v", "AdamW v"}};
   const auto it = names.find(segment);
   if (it == names.end()) return "state";
   const bool shared = shards > 1 && segment != "weights" && segment != "gradients";
@@ -85,8 +87,8 @@ Plan plan(const configs::Config& config, int64_t vocabulary, int ranks) {
   const int shards = config.comm.zero > 0 ? ranks : 1;
   model.parameters().allocate(ctx.device, compute, true, true, {0, shards});
   for (const auto& arena : model.parameters().memory())
-    plan.rows.push_back({arena->segment(), buffer_name(arena->segment(), shards),
-                         static_cast<int64_t>(arena->high_water())});
+    plan.rows.push_back(
+        {arena->segment(), buffer_name(arena->segment(), shards), static_cast<int64_t>(arena->high_water())});
   const int64_t rows = (config.train.micro_batch * config.model.context + 63) / 64 * 64;
   const Rehearsal rehearsal = rehearse(model, ctx, rows, config.train.micro_batch + 1);
   add_entries(plan, "saved", rehearsal.saved->peak_entries());

@@ -66,9 +66,9 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   segments_ = model.parameters().segments();
   shard_segments_ = model.parameters().shard_segments();
   loss_sums_.resize(model.losses().size());
-  reducer_ = std::make_unique<comm::GradientReducer>(ranks, model.parameters().buffers().gradients,
-                                                     static_cast<size_t>(config.comm.bucket_mb * (1 << 20)),
-                                                     model.parameters().sharded() ? model.parameters().shard_elements() : 0);
+  reducer_ = std::make_unique<comm::GradientReducer>(
+      ranks, model.parameters().buffers().gradients, static_cast<size_t>(config.comm.bucket_mb * (1 << 20)),
+      model.parameters().sharded() ? model.parameters().shard_elements() : 0);
   set_state(initial_state(config));
 }
 
