@@ -109,7 +109,8 @@ struct OptimizerBuffers {
   // A shard: P elements from element `begin` of `total`, whose segments are counted from `begin`. Without
   // `sums` the buffers are whole.
   int64_t begin = 0, total = 0;
-  // (kOptimizerPieces) fp64: sums of g^2, this rank's share; what other ranks hold is 0 here.
+  // (kOptimizerPieces) fp64: sums of g^2 of this rank's pieces; those of other ranks are 0. On a GPU the sums
+  // may be cut otherwise: what counts is that all entries of all ranks add up to the whole.
   Tensor sums = {};
 };
 

@@ -398,6 +398,7 @@ std::vector<std::vector<double>> step_in_shards(int shards, int64_t count,
                                                 OptimizerState& last) {
   const int64_t pieces = (kernels::kOptimizerPieces + shards - 1) / shards;
   const int64_t width = pieces * kernels::optimizer_piece(count);
+  const TensorBuffer normaliser = one(0.5f);
   std::vector<std::unique_ptr<Model>> models;
   std::vector<kernels::OptimizerBuffers> parts;
   std::vector<std::vector<double>> sums;
@@ -411,7 +412,7 @@ std::vector<std::vector<double>> step_in_shards(int shards, int64_t count,
         part(model.weights), part(model.master), part(model.gradients), part(model.m), part(model.v),
         model.state, begin, count,
         kernels::Tensor(sums.back().data(), DType::f64, {kernels::kOptimizerPieces})});
-    kernels::gradient_statistics({}, cut(segments, begin, n), 0.5f, own);
+    kernels::gradient_statistics({}, cut(segments, begin, n), normaliser, own);
   }
   std::vector<double> total(kernels::kOptimizerPieces, 0.0);
   for (const auto& s : sums)
@@ -419,9 +420,9 @@ std::vector<std::vector<double>> step_in_shards(int shards, int64_t count,
   std::vector<std::vector<double>> moved(4);
   for (size_t r = 0; r < parts.size(); ++r) {
     std::copy(total.begin(), total.end(), sums[r].begin());
-    kernels::gradient_norm({}, 0.5f, parts[r]);
+    kernels::gradient_norm({}, normaliser, parts[r]);
     kernels::update_loss_scale({}, {}, parts[r]);
-    kernels::adamw({}, cut(segments, parts[r].begin, parts[r].master.numel()), 0.5f, params, parts[r]);
+    kernels::adamw({}, cut(segments, parts[r].begin, parts[r].master.numel()), normaliser, params, parts[r]);
     const TensorBuffer* whole[] = {&models[r]->weights, &models[r]->master, &models[r]->m, &models[r]->v};
     for (size_t i = 0; i < 4; ++i) {
       const auto values = whole[i]->values();
@@ -463,7 +464,7 @@ TEST(Optimizer, AShardThatCutsAPieceIsRefused) {
   model.buffers.sums = kernels::Tensor(sums.data(), DType::f64, {kernels::kOptimizerPieces});
   model.buffers.total = 80000;
   model.buffers.begin = 100;
-  EXPECT_THROW(kernels::gradient_statistics({}, {}, 1, model.buffers), kernels::ShapeError);
+  EXPECT_THROW(kernels::gradient_statistics({}, {}, one(1), model.buffers), kernels::ShapeError);
 }
 
 }  // namespace

@@ -194,10 +194,11 @@ kernels::OptimizerBuffers ParameterStore::shard() const {
 
 std::vector<kernels::Segment> ParameterStore::shard_segments() const {
   std::vector<kernels::Segment> own = segments();
-  for (size_t i = 0; i < own.size(); ++i) {
-    const auto [begin, end] = held_by(sharding_.rank, static_cast<int>(i));
-    own[i].begin = begin < end ? begin - sharding_.rank * shard_elements_ : 0;
-    own[i].count = end - begin;
+  const int64_t low = sharding_.rank * shard_elements_, high = low + shard_elements_;
+  for (kernels::Segment& s : own) {
+    const int64_t begin = std::clamp(s.begin, low, high);
+    s.count = std::clamp(s.begin + s.count, begin, high) - begin;
+    s.begin = begin - low;
   }
   return own;
 }
