@@ -38,6 +38,8 @@ void linear_attention(const Context& ctx, const LinearAttentionParams& params, c
                       Tensor denominator) {
   check_attention("linear_attention", q, k, v);
   check_saved("linear_attention", params, q, cu_seqlens, o, denominator);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_attention(ctx, params, q, k, v, cu_seqlens, o, denominator);
   if (ctx.rehearsal) return;
   cpu::linear_attention(ctx, params, q, k, v, cu_seqlens, o, denominator);
 }
@@ -55,6 +57,10 @@ void linear_attention_backward(const Context& ctx, const LinearAttentionParams& 
   check_attention(kName, dq, dk, dv);
   check_shape(kName, "dk", dk, k.shape);
   check_dtype(kName, "dq", dq, q.dtype);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda())
+      return cuda::linear_attention_backward(ctx, params, dout, q, k, v, o, denominator, cu_seqlens, dq, dk,
+                                             dv);
   if (ctx.rehearsal) return;
   cpu::linear_attention_backward(ctx, params, dout, q, k, v, o, denominator, cu_seqlens, dq, dk, dv);
 }
@@ -70,6 +76,8 @@ void linear_attention_decode(const Context& ctx, const LinearAttentionParams& pa
   check_shape(kName, "o", o, q.shape);
   check_dtype(kName, "o", o, output_dtype(params, q));
   check_decode_rows(kName, rows, q.rows(), state.s.rows());
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_attention_decode(ctx, params, q, k, v, rows, state, o);
   if (ctx.rehearsal) return;
   cpu::linear_attention_decode(ctx, params, q, k, v, rows, state, o);
 }
@@ -77,6 +85,8 @@ void linear_attention_decode(const Context& ctx, const LinearAttentionParams& pa
 void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearAttentionState& state) {
   check_commit_path("linear_attention_commit", path, state.s.rows());
   check_state("linear_attention_commit", state);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_attention_commit(ctx, path, state);
   if (ctx.rehearsal) return;
   cpu::linear_attention_commit(ctx, path, state);
 }

@@ -63,4 +63,18 @@ void linear_attention_decode(const Context& ctx, const LinearAttentionParams& pa
 void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearAttentionState& state);
 }  // namespace cpu
 
+namespace cuda {
+void linear_attention(const Context& ctx, const LinearAttentionParams& params, const Tensor& q,
+                      const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, Tensor o,
+                      Tensor denominator);
+void linear_attention_backward(const Context& ctx, const LinearAttentionParams& params, const Tensor& dout,
+                               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                               const Tensor& denominator, const Tensor& cu_seqlens, Tensor dq, Tensor dk,
+                               Tensor dv);
+void linear_attention_decode(const Context& ctx, const LinearAttentionParams& params, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const DecodeRows& rows,
+                             LinearAttentionState& state, Tensor o);
+void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearAttentionState& state);
+}  // namespace cuda
+
 }  // namespace kernels

@@ -72,6 +72,13 @@ std::vector<OpCase> linear_attention_cases() {
     if (normalise) chunks.backward_roundings *= 4;
     cases.push_back(std::move(chunks));
   }
+  // More rows than a grid dimension has blocks, and long enough to be cut into segments.
+  OpCase many = attention_case("normalised_many_rows", {},
+                               {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = {0, 3, 66000}});
+  many.backward_roundings *= 4;
+  many.checked_elements = 2;
+  many.types = {kernels::DType::f32};
+  cases.push_back(std::move(many));
   return cases;
 }
 

@@ -1,0 +1,44 @@
+#pragma once
+// Between linear attention's files: how its sweeps are cut up and launched.
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+
+#include "kernels/cuda/device/linear_sweep.cuh"
+#include "kernels/ops/linear_attention.h"
+
+namespace kernels::cuda {
+
+// How N rows in S sequences are cut into segments; from sizes alone, so that results do not depend on the
+// GPU. state_floats: working memory per key head.
+struct SweepPlan {
+  int64_t segment_rows = 0;
+  int64_t slots = 0;   // of segments
+  int64_t states = 0;  // slots of states; 0 when no sequence can have two segments
+  int64_t state_floats = 0;
+};
+
+// tasks: blocks that work on one segment.
+SweepPlan plan_segments(int64_t rows, int64_t sequences, int64_t tasks);
+
+// Calls fn(integral_constant) for a sweep.
+template <class Fn>
+void visit_sweep(Sweep sweep, Fn&& fn) {
+  switch (sweep) {
+    case Sweep::forward:
+      return fn(std::integral_constant<Sweep, Sweep::forward>());
+    case Sweep::dq:
+      return fn(std::integral_constant<Sweep, Sweep::dq>());
+    case Sweep::dk:
+      return fn(std::integral_constant<Sweep, Sweep::dk>());
+    case Sweep::dv:
+      return fn(std::integral_constant<Sweep, Sweep::dv>());
+  }
+}
+
+// Any type and width, fp32 arithmetic. output: the type of o and do.
+SweepPlan any_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t width);
+void any_sweep(Sweep sweep, DType compute, DType output, const SweepPlan& plan, const SweepTask& task,
+               cudaStream_t stream);
+
+}  // namespace kernels::cuda
