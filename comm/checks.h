@@ -4,7 +4,9 @@
 
 namespace comm {
 
+void check_dense(const char* operation, const Tensor& t);
 void check_host_dense(const char* operation, const Tensor& t);
+// Dense, and of a type that can be reduced; in host or device memory.
 void check_reducible(const char* operation, const Tensor& t);
 void check_root(const char* operation, int root, int size);
 void check_gather(const Tensor& mine, const Tensor& all, int size);

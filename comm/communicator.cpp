@@ -27,15 +27,19 @@ int64_t Communicator::all_reduce(int64_t value, Reduce op) {
   return value;
 }
 
-void check_host_dense(const char* operation, const Tensor& t) {
-  if (t.device.is_cuda())
-    throw ShapeError(
-        fmt::format("{}: the tensor is on a GPU; this communicator moves host memory", operation));
+void check_dense(const char* operation, const Tensor& t) {
   if (!t.dense()) throw ShapeError(fmt::format("{}: the tensor {} is not dense", operation, to_string(t)));
 }
 
+void check_host_dense(const char* operation, const Tensor& t) {
+  check_dense(operation, t);
+  if (t.device.is_cuda())
+    throw ShapeError(
+        fmt::format("{}: the tensor is on a GPU; this communicator moves host memory", operation));
+}
+
 void check_reducible(const char* operation, const Tensor& t) {
-  check_host_dense(operation, t);
+  check_dense(operation, t);
   if (t.dtype != DType::f32 && t.dtype != DType::f64 && t.dtype != DType::i32 && t.dtype != DType::i64)
     throw ShapeError(
         fmt::format("{}: {} cannot be reduced; use fp32, fp64, int32 or int64", operation, to_string(t)));
@@ -47,9 +51,10 @@ void check_root(const char* operation, int root, int size) {
 }
 
 void check_gather(const Tensor& mine, const Tensor& all, int size) {
-  check_host_dense("all_gather", mine);
-  check_host_dense("all_gather", all);
+  check_dense("all_gather", mine);
+  check_dense("all_gather", all);
   check_dtype("all_gather", "all", all, mine.dtype);
+  if (mine.device != all.device) throw ShapeError("all_gather: its tensors are on different devices");
   if (all.numel() != size * mine.numel())
     throw ShapeError(fmt::format("all_gather: all is {}, expected {} times the elements of {}",
                                  to_string(all), size, to_string(mine)));

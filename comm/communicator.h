@@ -1,10 +1,15 @@
 #pragma once
 // A group of ranks that exchange tensors. `local` is one rank in one process; `mpi` wraps an MPI communicator
-// (host memory); nccl comes with CUDA. Every call is collective over the group, made by all its ranks in the
-// same order, from the thread that made the Session. A call that does not complete within the deadline throws
-// CommTimeout naming the operation and the late ranks; one whose peers run another operation (each message
-// carries a sequence number and an operation hash) throws CommError. After either, every further call throws
-// and Session::abort must end the job. Tensors are dense and in host memory; ShapeError otherwise.
+// (host memory); `nccl` (comm/nccl.h) adds GPU memory to it. Every call is collective over the group, made by
+// all its ranks in the same order, from the thread that made the Session. A call that does not complete
+// within the deadline throws CommTimeout naming the operation and the late ranks; one whose peers run another
+// operation (each message carries a sequence number and an operation hash) throws CommError. After either,
+// every further call throws and Session::abort must end the job. Tensors are dense and in memory that the
+// group moves; ShapeError otherwise.
+//
+// On a GPU a call only puts work into streams, in the order of the compute stream, and may be recorded into a
+// graph: it starts after what the compute stream holds, what follows there sees its result, and the host
+// never waits. A request runs beside the compute stream until wait() joins it.
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -53,6 +58,12 @@ class Communicator {
   // (size * n) <- (n) of each rank, in rank order. `mine` may be this rank's part of `all`.
   virtual void all_gather(const Tensor& mine, Tensor all) = 0;
   virtual void barrier() = 0;
+
+  // For GPU work, of which the host knows nothing. watch(): what the compute stream holds now, a launched
+  // graph for instance, has to be done within the deadline. poll(): throws once that or a call has failed;
+  // for hosts that wait for a GPU.
+  virtual void watch() {}
+  virtual void poll() {}
 
   // Small host values, built on the above.
   std::string broadcast(const std::string& text, int root);

@@ -41,6 +41,7 @@ void GradientReducer::ready(int64_t begin) {
 }
 
 void GradientReducer::progress() {
+  communicator_.poll();
   for (auto& request : in_flight_) request->test();
 }
 

@@ -2,8 +2,9 @@
 // Sums the gradients of all ranks in buckets while the backward still runs. The flat gradient buffer is cut
 // into buckets from its end, since the backward finishes the last parameters first. The trainer calls
 // ready(begin) whenever every gradient at or beyond element `begin` is final; buckets that have become whole
-// are sent. progress() moves data along (MPI advances mostly inside its own calls) and is called between
-// layers; finish() sends what is left, waits for all and begins anew. With one rank nothing is sent.
+// are sent. progress() moves data along (MPI advances mostly inside its own calls), throws when the group has
+// failed, and is called between layers and while waiting for a GPU; finish() sends what is left, waits for
+// all and begins anew. With one rank nothing is sent.
 //
 // Sharded, the buffer is cut into equal shards, one for each rank in order, and only a shard's owner gets its
 // sums: the reduce-scatter of ZeRO.

@@ -341,6 +341,7 @@ void Reduction::wait() {
 }
 
 void check_amount(const char* operation, const Tensor& t) {
+  check_host_dense(operation, t);
   check_reducible(operation, t);
   if (t.bytes() > static_cast<size_t>(std::numeric_limits<int>::max()))
     throw kernels::ShapeError(
@@ -370,6 +371,7 @@ void for_pieces(const Tensor& t, Fn fn) {
 }
 
 void World::all_reduce(Tensor t, Reduce op) {
+  check_host_dense("all_reduce", t);
   check_reducible("all_reduce", t);
   for_pieces(t, [&](const Tensor& piece) { all_reduce_async(piece, op)->wait(); });
 }
@@ -408,6 +410,7 @@ void World::transfer(Tensor t, int from, int to) {
 }
 
 void World::all_gather(const Tensor& mine, Tensor all) {
+  check_host_dense("all_gather", mine);
   check_gather(mine, all, size_);
   char* target = static_cast<char*>(all.data);
   const auto part = [&](int r) { return target + mine.bytes() * static_cast<size_t>(r); };
