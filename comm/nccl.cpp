@@ -18,24 +18,10 @@ using kernels::CommError;
 using kernels::DType;
 using kernels::ShapeError;
 
-ncclDataType_t type_of(const char* operation, DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-      return ncclFloat16;
-    case DType::bf16:
-      return ncclBfloat16;
-    case DType::f32:
-      return ncclFloat32;
-    case DType::f64:
-      return ncclFloat64;
-    case DType::i32:
-      return ncclInt32;
-    case DType::i64:
-      return ncclInt64;
-    case DType::u8:
-      return ncclUint8;
-  }
-  throw ShapeError(fmt::format("{}: NCCL does not move {}", operation, name_of(dtype)));
+ncclDataType_t type_of(DType dtype) {
+  constexpr ncclDataType_t kTypes[] = {ncclFloat16, ncclBfloat16, ncclFloat32, ncclFloat64,
+                                       ncclInt32,   ncclInt64,    ncclUint8};
+  return kTypes[static_cast<int>(dtype)];
 }
 
 cudaStream_t handle(kernels::Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
@@ -154,7 +140,7 @@ int64_t NcclGroup::exchange(const char* operation, const Tensor& t, Call&& call)
   if (t.numel() == 0) return exchanges_;
   forked_.record(compute_);
   forked_.wait(stream_.get());
-  check(call(t.data, static_cast<size_t>(t.numel()), type_of(operation, t.dtype)), operation);
+  check(call(t.data, static_cast<size_t>(t.numel()), type_of(t.dtype)), operation);
   return ++exchanges_;
 }
 
