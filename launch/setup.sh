@@ -3,6 +3,34 @@
 # 12 and Ubuntu 24.04.
 set -euo pipefail
 
+# Headers only; they come as a wheel. With nvcc alone: without it nothing of the CUDA side is compiled.
+cudnn_frontend=1.32.0
+fetch_cudnn_frontend() {
+  local root wheels
+  root=$(cd "$(dirname "$0")/.." && pwd)
+  if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then return; fi
+  if [ -f "$root/.deps/cudnn_frontend/include/cudnn_frontend.h" ]; then return; fi
+  wheels=$(mktemp -d)
+  if ! python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "nvidia-cudnn-frontend==$cudnn_frontend"; then
+    rm -rf "$wheels"
+    echo "setup: fetching nvidia-cudnn-frontend $cudnn_frontend with pip failed; put its include folder into" \
+      "$root/.deps/cudnn_frontend, or build with -DFORETELL_CUDA=OFF" >&2
+    exit 1
+  fi
+  python3 - "$wheels" "$root/.deps/cudnn_frontend" <<'EOF'
+import pathlib, sys, zipfile
+wheel = zipfile.ZipFile(next(pathlib.Path(sys.argv[1]).glob("*.whl")))
+for name in wheel.namelist():
+    if name.startswith("include/") and not name.endswith("/"):
+        to = pathlib.Path(sys.argv[2], name)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(wheel.read(name))
+EOF
+  rm -rf "$wheels"
+  echo "setup: cudnn-frontend $cudnn_frontend is in .deps"
+}
+fetch_cudnn_frontend
+
 # A tool that is on the PATH is taken as it is, wherever it came from: "command package".
 tools=(
   "c++ g++"

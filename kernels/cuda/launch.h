@@ -13,6 +13,7 @@ struct LaunchShape {
   dim3 grid, block;
   unsigned cluster = 1;    // blocks along grid.x; 1 where has_clusters() is false
   bool dependent = false;  // the kernel calls wait_for_previous()
+  unsigned shared = 0;     // bytes of dynamic shared memory
 };
 
 // Whether the current device has clusters and dependent launches.
@@ -34,6 +35,7 @@ void launch(const Context& ctx, const char* operation, const LaunchShape& shape,
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
   config.stream = stream_of(ctx);
   config.attrs = attributes;
   config.numAttrs = count;

@@ -65,7 +65,7 @@ class Decoder {
   Decoder(const Decoder& other) { *this = other; }
   Decoder& operator=(const Decoder& other) {
     kind_ = other.kind_, s_ = other.s_, dtype_ = other.dtype_, device_ = other.device_;
-    lengths_ = other.lengths_;
+    lengths_ = other.lengths_, working_memory = other.working_memory;
     for (auto [to, from] :
          {std::pair{&k_, &other.k_}, {&v_, &other.v_}, {&sum_, &other.sum_}, {&z_, &other.z_}}) {
       *to = TensorBuffer(from->tensor().dtype, from->tensor().shape, device_);
@@ -124,6 +124,8 @@ class Decoder {
     return last;
   }
   int length(size_t b) const { return lengths_[b]; }
+  // Softmax: whether steps are given scratch memory.
+  bool working_memory = true;
   // New tokens that may be computed at once before the state folds.
   int room(size_t b) const { return static_cast<int>(kFold - lengths_[b] % kFold); }
 
@@ -150,7 +152,17 @@ class Decoder {
     kernels::copy_bytes(masks.tensor().data, device_, masks_.data(), {}, masks.tensor().bytes());
     const kernels::DecodeRows rows{first_row, lengths, position, masks};
     if (kind_ == Kind::softmax) {
-      kernels::softmax_attention_decode(ctx(), q, k, v, rows, k_, v_, o);
+      kernels::Arena scratch("scratch", device_);
+      kernels::Context context = ctx();
+      const auto decode = [&] { kernels::softmax_attention_decode(context, q, k, v, rows, k_, v_, o); };
+      if (working_memory) {
+        context.scratch = &scratch;
+        context.rehearsal = true;
+        decode();
+        scratch.place();
+        context.rehearsal = false;
+      }
+      decode();
     } else {
       kernels::LinearAttentionState state{sum_, z_, k_, v_};
       kernels::linear_attention_decode(ctx(), {.normalise = kind_ == Kind::linear}, q, k, v, rows, state, o);
