@@ -32,8 +32,7 @@ struct Arguments {
   int64_t x_stride, y_stride;
   int rows, in, out;
   int panels, tiles, slices;  // tiles and slices of one panel
-  bool vectors;               // rows of x may be read 16 bytes at a time
-  bool gelu;
+  bool gelu, y_fp32;
 };
 
 // The tiles [first, last) of slice s.
@@ -67,8 +66,9 @@ __device__ __forceinline__ void matrix_multiply_add(float (&d)[4], const uint4& 
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Elements [column, column + 16 bytes) of row n of x; zeros where there are none.
-template <typename T>
+// Inputs [column, column + 16 bytes) of row n of x; zeros where there are none. With kVectors they are all
+// there or none is.
+template <typename T, bool kVectors>
 __device__ __forceinline__ uint4 load_inputs(const Arguments& a, int n, int column) {
   constexpr int kCount = 16 / sizeof(T);
   union {
@@ -76,21 +76,23 @@ __device__ __forceinline__ uint4 load_inputs(const Arguments& a, int n, int colu
     T at[kCount];
   } v;
   v.vector = make_uint4(0, 0, 0, 0);
-  if (n >= a.rows) return v.vector;
   const T* x = static_cast<const T*>(a.x) + n * a.x_stride + column;
-  if (a.vectors && column + kCount <= a.in) return *reinterpret_cast<const uint4*>(x);
+  if constexpr (kVectors) {
+    if (n < a.rows && column < a.in) v.vector = *reinterpret_cast<const uint4*>(x);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (column + i < a.in) v.at[i] = x[i];
+    for (int i = 0; i < kCount; ++i)
+      if (n < a.rows && column + i < a.in) v.at[i] = x[i];
+  }
   return v.vector;
 }
 
 // One warp's share of a slice on the matrix units; kColumns mma columns of 8 rows of x. A lane holds, of a
 // tile, two registers' worth of 8 weights: rows lane / 4 and lane / 4 + 8, inputs 8 (lane % 4) + 0..7; and of
 // x the same inputs of row lane / 4.
-template <typename T, int kColumns>
+template <typename T, int kColumns, bool kVectors>
 struct WarpProduct {
-  uint4 weights[kWarpTiles][2], next[kWarpTiles][2], x[kWarpTiles][kColumns];
+  uint4 weights[kWarpTiles][2], x[kWarpTiles][kColumns];
   float sum[kColumns][4];
 
   __device__ __forceinline__ void fetch(const Arguments& a, int panel, int slice, int warp, int lane) {
@@ -101,13 +103,9 @@ struct WarpProduct {
       const int tile = s.first + warp + i * kWarps;
       if (tile >= s.last) continue;
       const T* p = tiles + static_cast<int64_t>(tile) * kTile + lane * 8;
-      next[i][0] = load_weights(p);
-      next[i][1] = load_weights(p + kTile / 2);
+      weights[i][0] = load_weights(p);
+      weights[i][1] = load_weights(p + kTile / 2);
     }
-  }
-  __device__ __forceinline__ void take() {
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) weights[i][0] = next[i][0], weights[i][1] = next[i][1];
   }
   __device__ __forceinline__ void load_x(const Arguments& a, int slice, int warp, int lane) {
     const Slice s(a, slice);
@@ -117,7 +115,7 @@ struct WarpProduct {
       if (tile >= s.last) continue;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        x[i][c] = load_inputs<T>(a, c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
+        x[i][c] = load_inputs<T, kVectors>(a, c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
     }
   }
   __device__ __forceinline__ void clear() {
@@ -150,12 +148,11 @@ struct WarpProduct {
 };
 
 // The same in fp32, by fused multiply-adds: a lane has output lane / 2 and, of each 8 inputs, 4.
-template <int kColumns>
-struct WarpProduct<float, kColumns> {
+template <int kColumns, bool kVectors>
+struct WarpProduct<float, kColumns, kVectors> {
   float sum[kColumns * 8];
 
   __device__ __forceinline__ void fetch(const Arguments& a, int panel, int, int, int) { panel_ = panel; }
-  __device__ __forceinline__ void take() { taken_ = panel_; }
   __device__ __forceinline__ void load_x(const Arguments&, int, int, int) {}
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -164,19 +161,19 @@ struct WarpProduct<float, kColumns> {
   __device__ __forceinline__ void multiply(const Arguments& a, int slice, int warp) {
     const Slice s(a, slice);
     const int lane = threadIdx.x % 32;
-    const auto* tiles = static_cast<const float*>(a.weights) + static_cast<int64_t>(taken_) * a.tiles * kTile;
+    const auto* tiles = static_cast<const float*>(a.weights) + static_cast<int64_t>(panel_) * a.tiles * kTile;
     for (int tile = s.first + warp; tile < s.last; tile += kWarps)
-#pragma unroll
+#pragma unroll 1
       for (int v = 0; v < 4; ++v) {
-        const uint4 bits = load_weights(tiles + static_cast<int64_t>(tile) * kTile + v * 128 + lane * 4);
+        const uint4 w = load_weights(tiles + static_cast<int64_t>(tile) * kTile + v * 128 + lane * 4);
         const int column = tile * kTileColumns + v * 8 + lane % 2 * 4;
 #pragma unroll
         for (int n = 0; n < kColumns * 8; ++n) {
-          const uint4 x = load_inputs<float>(a, n, column);
-          sum[n] = __fmaf_rn(__uint_as_float(bits.x), __uint_as_float(x.x), sum[n]);
-          sum[n] = __fmaf_rn(__uint_as_float(bits.y), __uint_as_float(x.y), sum[n]);
-          sum[n] = __fmaf_rn(__uint_as_float(bits.z), __uint_as_float(x.z), sum[n]);
-          sum[n] = __fmaf_rn(__uint_as_float(bits.w), __uint_as_float(x.w), sum[n]);
+          const uint4 x = load_inputs<float, kVectors>(a, n, column);
+          sum[n] = __fmaf_rn(__uint_as_float(w.x), __uint_as_float(x.x), sum[n]);
+          sum[n] = __fmaf_rn(__uint_as_float(w.y), __uint_as_float(x.y), sum[n]);
+          sum[n] = __fmaf_rn(__uint_as_float(w.z), __uint_as_float(x.z), sum[n]);
+          sum[n] = __fmaf_rn(__uint_as_float(w.w), __uint_as_float(x.w), sum[n]);
         }
       }
   }
@@ -189,7 +186,7 @@ struct WarpProduct<float, kColumns> {
   }
 
  private:
-  int panel_, taken_;
+  int panel_;
 };
 
 __device__ __forceinline__ float gelu_of(float x) {
@@ -197,71 +194,80 @@ __device__ __forceinline__ float gelu_of(float x) {
   return x / (1 + expf(-twice_u));
 }
 
-template <typename T, typename Y>
+template <typename T>
 __device__ __forceinline__ void write(const Arguments& a, int panel, int element, float sum) {
   const int n = element / kTileRows, m = panel * kTileRows + element % kTileRows;
   if (n >= a.rows || m >= a.out) return;
   if (a.bias) sum += to_float(static_cast<const T*>(a.bias)[m]);
   if (a.gelu) sum = gelu_of(sum);
-  static_cast<Y*>(a.y)[n * a.y_stride + m] = from_float<Y>(sum);
+  const int64_t place = n * a.y_stride + m;
+  if (a.y_fp32)
+    static_cast<float*>(a.y)[place] = sum;
+  else
+    static_cast<T*>(a.y)[place] = from_float<T>(sum);
 }
 
 // Adds the warps' sums, then the blocks', and writes one panel's outputs.
-template <typename T, typename Y, int kColumns>
+template <typename T, int kColumns>
 __device__ __forceinline__ void finish(const Arguments& a, int panel,
                                        const float (*partial)[kColumns * 8 * kPitch], float* block_sum) {
   constexpr int kElements = kColumns * 8 * kTileRows;
   const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+#pragma unroll 1
   for (int e = threadIdx.x; e < kElements; e += kThreads) {
     const int place = e / kTileRows * kPitch + e % kTileRows;
     float sum = partial[0][place];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += partial[w][place];
     if (blocks == 1)
-      write<T, Y>(a, panel, e, sum);
+      write<T>(a, panel, e, sum);
     else
       block_sum[e] = sum;
   }
   if (blocks == 1) return __syncthreads();
   cluster_sync();
+#pragma unroll 1
   for (int e = rank + static_cast<int>(threadIdx.x) * blocks; e < kElements; e += kThreads * blocks) {
     float sum = 0;
+#pragma unroll 4
     for (int r = 0; r < blocks; ++r) sum += cluster_shared(block_sum, r)[e];
-    write<T, Y>(a, panel, e, sum);
+    write<T>(a, panel, e, sum);
   }
   cluster_sync();  // before the sums are overwritten, and before a block leaves while others read them
 }
 
-// Blocks of a multiprocessor: the registers that hold x leave room for one or two.
+// Blocks of a multiprocessor: as many as the registers that hold x leave room for.
 template <int kColumns>
-inline constexpr int kResident = kColumns <= 2 ? 2 : 1;
+inline constexpr int kResident = kColumns == 1   ? 3
+                                 : kColumns <= 4 ? 2
+                                                 : 1;
 
-template <typename T, typename Y, int kColumns>
+template <typename T, int kColumns, bool kVectors>
 __global__ void __launch_bounds__(kThreads, kResident<kColumns>) rows_kernel(const Arguments a) {
   __shared__ float partial[kWarps][kColumns * 8 * kPitch], block_sum[kColumns * 8 * kTileRows];
   const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups = static_cast<int>(gridDim.x) / blocks;
   int panel = static_cast<int>(blockIdx.x) / blocks, loaded = -1;
-  WarpProduct<T, kColumns> product;
+  WarpProduct<T, kColumns, kVectors> product;
   product.fetch(a, panel, rank, warp, lane);
   wait_for_previous();
   let_next_start();
   for (; panel < a.panels; panel += groups) {
     product.clear();
     for (int slice = rank; slice < a.slices; slice += blocks) {
-      product.take();
       if (loaded != slice) product.load_x(a, slice, warp, lane);
       loaded = slice;
+      product.multiply(a, slice, warp);
+      // In flight while this panel is finished.
       if (slice + blocks < a.slices)
         product.fetch(a, panel, slice + blocks, warp, lane);
       else if (panel + groups < a.panels)
         product.fetch(a, panel + groups, rank, warp, lane);
-      product.multiply(a, slice, warp);
     }
     product.store(partial[warp], lane);
     __syncthreads();
-    finish<T, Y, kColumns>(a, panel, partial, block_sum);
+    finish<T, kColumns>(a, panel, partial, block_sum);
   }
 }
 
@@ -287,7 +293,7 @@ __global__ void pack_kernel(const T* matrix, int64_t stride, int out, int in, in
   __threadfence();
 }
 
-template <typename T, typename Y, int kColumns>
+template <typename T, int kColumns, bool kVectors>
 void run(const Context& ctx, const Arguments& a) {
   const int cluster = has_clusters() ? std::min(a.slices, kMostCluster) : 1;
   const int groups = std::clamp(multiprocessors() * kResident<kColumns> / cluster, 1, a.panels);
@@ -296,15 +302,16 @@ void run(const Context& ctx, const Arguments& a) {
           .block = dim3(kThreads),
           .cluster = static_cast<unsigned>(cluster),
           .dependent = true},
-         rows_kernel<T, Y, kColumns>, a);
+         rows_kernel<T, kColumns, kVectors>, a);
 }
 
-template <typename T, typename Y>
-void run_rows(const Context& ctx, const Arguments& a) {
-  if (a.rows <= 8) return run<T, Y, 1>(ctx, a);
-  if (a.rows <= 16) return run<T, Y, 2>(ctx, a);
-  if (a.rows <= 32) return run<T, Y, 4>(ctx, a);
-  return run<T, Y, 8>(ctx, a);
+template <typename T>
+void run_rows(const Context& ctx, const Arguments& a, bool vectors) {
+  if (!vectors) return run<T, 8, false>(ctx, a);
+  if (a.rows <= 8) return run<T, 1, true>(ctx, a);
+  if (a.rows <= 16) return run<T, 2, true>(ctx, a);
+  if (a.rows <= 32) return run<T, 4, true>(ctx, a);
+  return run<T, 8, true>(ctx, a);
 }
 
 }  // namespace
@@ -324,24 +331,26 @@ void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
   if (x.rows() == 0) return;
   const int tiles = static_cast<int>(w.panels.dim(1));
   const auto bytes = static_cast<int64_t>(size_of(x.dtype));
-  const Arguments a{
-      .weights = w.panels.data,
-      .x = x.data,
-      .bias = w.bias.data,
-      .y = y.data,
-      .x_stride = x.row_stride,
-      .y_stride = y.row_stride,
-      .rows = static_cast<int>(x.rows()),
-      .in = static_cast<int>(x.cols()),
-      .out = static_cast<int>(y.cols()),
-      .panels = static_cast<int>(w.panels.dim(0)),
-      .tiles = tiles,
-      .slices = (tiles + kSliceTiles - 1) / kSliceTiles,
-      .vectors = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride * bytes % 16 == 0,
-      .gelu = gelu};
+  const Arguments a{.weights = w.panels.data,
+                    .x = x.data,
+                    .bias = w.bias.data,
+                    .y = y.data,
+                    .x_stride = x.row_stride,
+                    .y_stride = y.row_stride,
+                    .rows = static_cast<int>(x.rows()),
+                    .in = static_cast<int>(x.cols()),
+                    .out = static_cast<int>(y.cols()),
+                    .panels = static_cast<int>(w.panels.dim(0)),
+                    .tiles = tiles,
+                    .slices = (tiles + kSliceTiles - 1) / kSliceTiles,
+                    .gelu = gelu,
+                    .y_fp32 = y.dtype == DType::f32};
+  // Rows of x that consist of whole 16 bytes, aligned. Others are rare, and need not be fast.
+  const bool vectors = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride * bytes % 16 == 0 &&
+                       x.cols() * bytes % 16 == 0;
   visit_device_dtype(x.dtype, [&](auto tag) {
     using T = decltype(tag);
-    y.dtype == x.dtype ? run_rows<T, T>(ctx, a) : run_rows<T, float>(ctx, a);
+    run_rows<T>(ctx, a, vectors);
   });
 }
 

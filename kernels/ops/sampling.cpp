@@ -16,6 +16,8 @@ void argmax(const Context& ctx, const Tensor& logits, Tensor tokens) {
   check_shape("argmax", "tokens", tokens, Shape{logits.rows()});
   check_dtype("argmax", "tokens", tokens, DType::i32);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::argmax(ctx, logits, tokens);
   return cpu::argmax(ctx, logits, tokens);
 }
 
@@ -27,6 +29,8 @@ void probabilities(const Context& ctx, const Tensor& logits, float temperature, 
     throw ShapeError(
         fmt::format("probabilities: temperature is {}, expected a positive number", temperature));
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::probabilities(ctx, logits, temperature, p);
   return cpu::probabilities(ctx, logits, temperature, p);
 }
 
@@ -37,6 +41,8 @@ void top_k(const Context& ctx, const Tensor& logits, Tensor indices) {
   if (indices.cols() > logits.cols())
     throw ShapeError(fmt::format("top_k: {} of {} logits are asked for", indices.cols(), logits.cols()));
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::top_k(ctx, logits, indices);
   return cpu::top_k(ctx, logits, indices);
 }
 

@@ -20,4 +20,10 @@ void probabilities(const Context& ctx, const Tensor& logits, float temperature, 
 void top_k(const Context& ctx, const Tensor& logits, Tensor indices);
 }  // namespace cpu
 
+namespace cuda {
+void argmax(const Context& ctx, const Tensor& logits, Tensor tokens);
+void probabilities(const Context& ctx, const Tensor& logits, float temperature, Tensor p);
+void top_k(const Context& ctx, const Tensor& logits, Tensor indices);
+}  // namespace cuda
+
 }  // namespace kernels

@@ -21,6 +21,7 @@ OpCase sampling_case(std::string name, int64_t rows, int64_t vocabulary, int64_t
     kernels::top_k(ctx, t["logits"], t["indices"]);
   };
   op.sum_length = vocabulary + 16;
+  if (rows > 1000) op.types = {kernels::DType::f16};
   return op;
 }
 
@@ -32,6 +33,8 @@ std::vector<OpCase> sampling_cases() {
       sampling_case("main_strided", 5, 131, 3, Type::main),
       sampling_case("few_words", 4, 3, 0, Type::compute),
       sampling_case("threads", 30, 1201, 0, Type::main),
+      sampling_case("wide", 3, 5003, 1, Type::compute),
+      sampling_case("very_many_rows", 65600, 3, 0, Type::main),
   };
 }
 
