@@ -122,7 +122,6 @@ Description describe(const Product& p) {
   set(d, CUBLASLT_MATMUL_DESC_TRANSA, p.transposed_b ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(d, CUBLASLT_MATMUL_DESC_TRANSB, p.transposed_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(d, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(p));
-  if (p.bias) set(d, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(data_type(p.bias.dtype)));
   if (p.aux) set(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.aux.row_stride);
   return d;
 }
@@ -156,7 +155,10 @@ class Products {
     auto found = plans_.find(key_of(p));
     if (found == plans_.end()) found = plans_.emplace(key_of(p), make_plan(ctx, p)).first;
     const Plan& plan = found->second;
-    if (!plan.algorithm) return false;
+    if (!plan.algorithm) {
+      if (p.epilogue == Epilogue::none) throw DeviceError("cuBLASLt has no kernel for this matrix product");
+      return false;
+    }
     set_pointers(plan.description, p);
     check_blas(run(ctx, p, plan, *plan.algorithm, p.c.data), "a matrix product");
     return true;
@@ -167,10 +169,7 @@ class Products {
     Plan plan{describe(p), layout_of(p.a), layout_of(p.b), layout_of(p.c), std::nullopt};
     set_pointers(plan.description, p);
     const auto candidates = suggestions(p, plan);
-    if (candidates.empty()) {
-      if (p.epilogue == Epilogue::none) throw DeviceError("cuBLASLt has no kernel for this matrix product");
-      return plan;
-    }
+    if (candidates.empty()) return plan;
     plan.algorithm = candidates.front();
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream_of(ctx), &capture), "a matrix product");
@@ -206,9 +205,9 @@ class Products {
   }
 
   // Times every candidate. One that only writes may write c again and again; one that accumulates gets memory
-  // of its own for as long as this takes, and is not measured where there is none.
-  cublasLtMatmulAlgo_t fastest(const Context& ctx, const Product& p, const Plan& plan,
-                               const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
+  // of its own for as long as this takes, and is not measured where there is none. Nothing when none runs.
+  std::optional<cublasLtMatmulAlgo_t> fastest(const Context& ctx, const Product& p, const Plan& plan,
+                                              const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
     void* c = p.c.data;
     std::unique_ptr<void, void (*)(void*)> scratch(nullptr, [](void* data) { cudaFree(data); });
     if (p.accumulate) {
@@ -224,7 +223,9 @@ class Products {
     for (int round = 0; round < kRounds; ++round)
       for (size_t i = 0; i < candidates.size(); ++i)
         best[i] = std::min(best[i], milliseconds(ctx, p, plan, candidates[i], c));
-    return candidates[static_cast<size_t>(std::min_element(best.begin(), best.end()) - best.begin())];
+    const auto winner = std::min_element(best.begin(), best.end());
+    if (*winner == std::numeric_limits<float>::infinity()) return std::nullopt;
+    return candidates[static_cast<size_t>(winner - best.begin())];
   }
 
   // Infinity for a candidate that does not run.
