@@ -15,7 +15,7 @@ namespace {
 constexpr auto kPeriod = std::chrono::milliseconds(100);
 // How long a host may take to come back and report, once NCCL was aborted.
 constexpr auto kGrace = std::chrono::seconds(10);
-// Steps whose end is watched at once; later ones are covered by these.
+// Points that are watched at once.
 constexpr size_t kWatched = 8;
 constexpr int kExitWatchdog = 70;
 }  // namespace
@@ -49,7 +49,13 @@ void NcclWatchdog::guard(ncclComm* communicator) {
 
 void NcclWatchdog::watch(kernels::Stream stream) {
   const std::lock_guard lock(mutex_);
-  if (spare_.empty()) return;
+  if (spare_.empty()) collect_done();
+  if (spare_.empty()) {
+    // The last one stands for this work too.
+    watched_.back().event->record(stream);
+    watched_.back().since = Clock::now();
+    return;
+  }
   Watched next{std::move(spare_.back()), Clock::now()};
   spare_.pop_back();
   next.event->record(stream);
@@ -61,6 +67,13 @@ void NcclWatchdog::check() {
   const std::lock_guard lock(mutex_);
   reported_ = true;
   throw CommTimeout(problem_);
+}
+
+void NcclWatchdog::collect_done() {
+  while (!watched_.empty() && watched_.front().event->done()) {
+    spare_.push_back(std::move(watched_.front().event));
+    watched_.pop_front();
+  }
 }
 
 // What is wrong now; empty when nothing is. Called with the lock held.
@@ -80,10 +93,7 @@ std::string NcclWatchdog::find_problem() {
         "well, "
         "then restart the job with --resume auto",
         who_, ncclGetErrorString(state));
-  while (!watched_.empty() && watched_.front().event->done()) {
-    spare_.push_back(std::move(watched_.front().event));
-    watched_.pop_front();
-  }
+  collect_done();
   if (watched_.empty() || now - watched_.front().since <= deadline_) return {};
   return fmt::format(
       "{}: its GPU did not finish a step within {} s, most likely because another rank does not answer; see "

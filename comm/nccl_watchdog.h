@@ -41,6 +41,7 @@ class NcclWatchdog {
     Clock::time_point since;
   };
   void run();
+  void collect_done();
   std::string find_problem();
   void end_job(std::unique_lock<std::mutex>& lock);
 
