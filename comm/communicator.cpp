@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "comm/checks.h"
+#include "comm/nccl.h"
 
 namespace comm {
 
@@ -58,6 +59,14 @@ void check_gather(const Tensor& mine, const Tensor& all, int size) {
   if (all.numel() != size * mine.numel())
     throw ShapeError(fmt::format("all_gather: all is {}, expected {} times the elements of {}",
                                  to_string(all), size, to_string(mine)));
+}
+
+std::unique_ptr<Communicator> make_gpu_communicator(Communicator& world, kernels::Device device,
+                                                    kernels::Stream compute, std::chrono::seconds deadline) {
+  if (!device.is_cuda()) return nullptr;
+  if (world.size() == 1) return make_local_communicator();
+  if constexpr (kernels::kCudaEnabled) return make_nccl_communicator(world, device, compute, deadline);
+  throw kernels::ConfigError("this build has no CUDA; build with nvcc on the PATH or use train.device = cpu");
 }
 
 }  // namespace comm

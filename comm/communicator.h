@@ -72,6 +72,10 @@ class Communicator {
 };
 
 std::unique_ptr<Communicator> make_local_communicator();
+// For ranks that compute on `device` and keep their order in `compute`: over NCCL (comm/nccl.h) where `world`
+// has several ranks, local for one alone. Null on the CPU, where `world` itself serves.
+std::unique_ptr<Communicator> make_gpu_communicator(Communicator& world, kernels::Device device,
+                                                    kernels::Stream compute, std::chrono::seconds deadline);
 
 // Starts the message-passing layer if the process was launched by mpirun or srun, and ends it: the only place
 // that initialises and finalises MPI. Without a launcher the world is `local` and MPI is never touched.
