@@ -80,6 +80,7 @@ void kill_in_training(const support::Process& script, const fs::path& run) {
   support::Running first(script);
   for (int i = 0; i < 30000 && !fs::exists(run / "checkpoints" / "latest"); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  ASSERT_TRUE(fs::exists(run / "checkpoints" / "latest"));
   const std::vector<int> processes = support::descendants(first.pid());
   EXPECT_GE(processes.size(), 3u) << "mpirun and two ranks";
   for (int pid : processes) kill(pid, SIGKILL);
@@ -90,7 +91,7 @@ void kill_in_training(const support::Process& script, const fs::path& run) {
 }
 
 TEST_F(Quickstart, KilledItGoesOnAndFinishedItSkips) {
-  kill_in_training(script(), run_);
+  ASSERT_NO_FATAL_FAILURE(kill_in_training(script(), run_));
   const std::string second = run_to_the_end();
   EXPECT_NE(second.find(data_.string() + " is there"), std::string::npos) << second;
   EXPECT_NE(second.find("going on from " + (run_ / "checkpoints").string()), std::string::npos) << second;
