@@ -216,10 +216,22 @@ std::unordered_map<int64_t, void*> addresses(const Context& ctx, const Problem& 
   return at;
 }
 
+// A batch rehearsed for the most sequences it can have may turn out to be uniform: that plan is made, and its
+// memory asked for, as well.
+void rehearse_uniform(const Context& ctx, const AttentionCall& call) {
+  const int64_t longest = call.hints.longest;
+  if (!ctx.rehearsal || call.hints.uniform || longest == 0 || call.rows() % longest != 0) return;
+  AttentionCall uniform = call;
+  uniform.hints.uniform = true;
+  uniform.cu_seqlens.shape = {call.rows() / longest + 1};
+  if (uniform.by_sequence()) cudnn_attention(ctx, uniform);
+}
+
 }  // namespace
 
 bool cudnn_attention(const Context& ctx, const AttentionCall& call) {
   if (!eligible(call) || device_count() == 0) return false;
+  rehearse_uniform(ctx, call);
   const std::lock_guard lock(plans_lock);
   const Problem problem = problem_of(ctx, call);
   const Plan& plan = plan_of(problem);

@@ -72,7 +72,8 @@ AttentionInput Block::split(const Tensor& qkv, const RowPlan& plan) const {
   return {.q = qkv.columns(0, q).view({n, heads_, head_size_}),
           .k = qkv.columns(q, kv).view({n, kv_heads_, head_size_}),
           .v = qkv.columns(q + kv, kv).view({n, kv_heads_, head_size_}),
-          .cu_seqlens = plan.cu_seqlens};
+          .cu_seqlens = plan.cu_seqlens,
+          .hints = plan.hints};
 }
 
 void Block::rotate(const Context& ctx, const Tensor& qkv, const RowPlan& plan, int direction) const {

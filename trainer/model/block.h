@@ -17,6 +17,7 @@ struct RowPlan {
   Tensor positions;                           // (N) int32
   Tensor cu_seqlens;                          // (S + 1) int32; training and evaluation
   const kernels::DecodeRows* rows = nullptr;  // decoding
+  kernels::AttentionHints hints = {};         // of cu_seqlens
   bool decoding() const { return rows != nullptr; }
 };
 

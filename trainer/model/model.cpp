@@ -89,7 +89,7 @@ HeadInput Model::Impl::mtp_input(const ModelBatch& batch, const Tensor& hidden, 
   // Row k - 1 of the targets is token i + k, what depth k reads.
   return {.hidden = hidden,
           .tokens = offset_row(batch.targets, static_cast<int64_t>(depth_index)),
-          .plan = {batch.positions, batch.cu_seqlens, nullptr}};
+          .plan = {batch.positions, batch.cu_seqlens, nullptr, batch.hints}};
 }
 
 void Model::Impl::loss(const Context& ctx, const Linear& matrix, const Tensor& hidden,
@@ -174,7 +174,7 @@ void Model::forward_backward(const Context& ctx, const ModelBatch& batch, const 
   };
   const kernels::ArenaScope keep(saved), scope(*ctx.scratch);
   const Shape shape{batch.tokens.rows(), width()};
-  const RowPlan plan{batch.positions, batch.cu_seqlens, nullptr};
+  const RowPlan plan{batch.positions, batch.cu_seqlens, nullptr, batch.hints};
   const Tensor hidden = saved.allocate("hidden", m.store.compute(), shape);
   Transformer::Saved trunk;
   m.trunk.forward(ctx, batch.tokens, plan, nullptr, hidden, m.frozen ? nullptr : &trunk, saved);
@@ -199,8 +199,8 @@ void Model::evaluate(const Context& ctx, const ModelBatch& batch, kernels::Arena
   const Shape shape{batch.tokens.rows(), width()};
   const auto allocate = [&] { return saved.allocate("hidden", m.store.compute(), shape); };
   const Tensor hidden = allocate();
-  m.trunk.forward(ctx, batch.tokens, {batch.positions, batch.cu_seqlens, nullptr}, nullptr, hidden, nullptr,
-                  saved);
+  m.trunk.forward(ctx, batch.tokens, {batch.positions, batch.cu_seqlens, nullptr, batch.hints}, nullptr,
+                  hidden, nullptr, saved);
   m.loss(ctx, m.unembedding, hidden, batch, 0, {}, loss_sums, {});
   Tensor previous = hidden, next = allocate();
   for (size_t i = 0; i < m.medusa.size(); ++i) {

@@ -25,6 +25,7 @@ struct ModelBatch {
   Tensor tokens, positions, cu_seqlens;  // (N), (N), (S + 1) int32
   Tensor targets;                        // (K, N) int32
   Tensor weights;                        // (K, N) fp32
+  kernels::AttentionHints hints = {};    // of cu_seqlens
 };
 
 struct HeadLoss {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "configs/config.h"
-#include "kernels/ops/decode_rows.h"
+#include "kernels/ops/softmax_attention.h"
 #include "trainer/model/parameters.h"
 
 namespace trainer {
@@ -16,6 +16,7 @@ namespace trainer {
 struct AttentionInput {
   Tensor q, k, v;
   Tensor cu_seqlens;  // (S + 1) int32; empty while decoding
+  kernels::AttentionHints hints = {};
 };
 
 struct AttentionSaved {

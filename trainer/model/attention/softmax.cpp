@@ -38,13 +38,14 @@ class SoftmaxAttention final : public Attention {
                kernels::Arena& arena) const override {
     saved.output = o.view(in.q.shape);
     saved.statistics = arena.allocate("log sum", kernels::main_dtype(o.dtype), {in.q.dim(0), in.q.dim(1)});
-    kernels::softmax_attention(ctx, in.q, in.k, in.v, in.cu_seqlens, saved.output, saved.statistics);
+    kernels::softmax_attention(ctx, in.q, in.k, in.v, in.cu_seqlens, saved.output, saved.statistics,
+                               in.hints);
   }
 
   void backward(const Context& ctx, const AttentionInput& in, const Tensor& dout, const AttentionSaved& saved,
                 Tensor dq, Tensor dk, Tensor dv) const override {
     kernels::softmax_attention_backward(ctx, dout.view(in.q.shape), in.q, in.k, in.v, saved.output,
-                                        saved.statistics, in.cu_seqlens, dq, dk, dv);
+                                        saved.statistics, in.cu_seqlens, dq, dk, dv, in.hints);
   }
 
   std::unique_ptr<AttentionState> make_state(const Context& ctx, int64_t batch,
