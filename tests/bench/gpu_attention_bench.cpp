@@ -1,6 +1,7 @@
 // Softmax attention on a GPU: training, forward and backward, and one decoding step out of a graph.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -80,7 +81,7 @@ struct Bench {
 };
 
 // Arguments: sequences, length, heads, head size, backward, deterministic, uniform.
-void cuda_train(benchmark::State& state) {
+void gpu_attention_train(benchmark::State& state) {
   if (skip(state)) return;
   const int64_t b = state.range(0), t = state.range(1), h = state.range(2), d = state.range(3), n = b * t;
   const bool backward = state.range(4) != 0, uniform = state.range(6) != 0;
@@ -111,7 +112,7 @@ void cuda_train(benchmark::State& state) {
       benchmark::Counter(products * 1e-12, benchmark::Counter::kIsIterationInvariantRate);
   state.counters["scratch_MiB"] = static_cast<double>(bench.scratch.high_water()) / (1 << 20);
 }
-BENCHMARK(cuda_train)
+BENCHMARK(gpu_attention_train)
     ->ArgNames({"sequences", "length", "heads", "width", "backward", "deterministic", "uniform"})
     ->ArgsProduct({{32}, {1024}, {12}, {64}, {0, 1}, {1}, {0, 1}})
     ->ArgsProduct({{16}, {1024}, {12}, {64}, {0, 1}, {1}, {1}})
@@ -123,7 +124,7 @@ BENCHMARK(cuda_train)
 
 // Arguments: sequences, rows of each, committed tokens. One iteration is a layer's share of a step; twelve
 // layers, each with a cache of its own, are one graph.
-void cuda_decode(benchmark::State& state) {
+void gpu_attention_decode(benchmark::State& state) {
   if (skip(state)) return;
   constexpr int64_t kHeads = 12, kWidth = 64, kLayers = 12;
   const int64_t b = state.range(0), rows = state.range(1), length = state.range(2), n = b * rows;
@@ -158,7 +159,7 @@ void cuda_decode(benchmark::State& state) {
   state.counters["GB/s"] = benchmark::Counter(static_cast<double>(b * length * kHeads * kWidth * 4) * 1e-9,
                                               benchmark::Counter::kIsIterationInvariantRate);
 }
-BENCHMARK(cuda_decode)
+BENCHMARK(gpu_attention_decode)
     ->ArgNames({"sequences", "rows", "length"})
     ->ArgsProduct({{1}, {1, 8, 32, 64}, {256, 1000, 8000}})
     ->ArgsProduct({{8, 64}, {1, 32}, {1000}})
