@@ -251,7 +251,7 @@ int wait_for_the_missing(const Job& job, const std::string& scenario) {
 
 int main(int argc, char** argv) {
   const std::string scenario = argv[1];
-  const std::chrono::seconds deadline(scenario.starts_with("late") ? 3 : 60);
+  const std::chrono::seconds deadline(scenario.starts_with("late") ? 10 : 60);
   comm::Session session(&argc, &argv, std::chrono::seconds(200));
   try {
     const Device device{Device::Kind::cuda, session.local_rank()};
