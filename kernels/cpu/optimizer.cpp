@@ -7,6 +7,7 @@
 
 #include "kernels/core/parallel.h"
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/optimizer_rules.h"
 
 namespace kernels::cpu {
 
@@ -77,20 +78,14 @@ bool set_norm(std::span<const double> sums, const Tensor& normaliser, OptimizerS
   return finite;
 }
 
-struct AdamWFactors {
-  float learning_rate = 0, beta1 = 0, beta2 = 0, eps = 0;
-  double gradient = 1;          // unscales and clips
-  double bias1 = 1, bias2 = 1;  // 1 - beta^t
-};
-
 // One piece: moments and master in one pass; weights are rounded from the master while it is in cache.
 template <typename W, typename M>
 void adamw_piece(const AdamWFactors& f, M decay, int64_t n, const M* __restrict g, M* __restrict m,
                  M* __restrict v, M* __restrict master, W* weights) {
   const M beta1 = static_cast<M>(f.beta1), beta2 = static_cast<M>(f.beta2), eps = static_cast<M>(f.eps);
   const M rest1 = 1 - beta1, rest2 = 1 - beta2, lr = static_cast<M>(f.learning_rate);
-  const M scale = static_cast<M>(f.gradient), unbias1 = static_cast<M>(1 / f.bias1),
-          unbias2 = static_cast<M>(1 / f.bias2);
+  const M scale = static_cast<M>(f.gradient), unbias1 = static_cast<M>(f.unbias1),
+          unbias2 = static_cast<M>(f.unbias2);
   constexpr int64_t kBlock = 1024;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t last = std::min(n, first + kBlock);
@@ -102,25 +97,6 @@ void adamw_piece(const AdamWFactors& f, M decay, int64_t n, const M* __restrict 
     }
     store_row(master + first, weights + first, last - first);
   }
-}
-
-AdamWFactors factors(const AdamWParams& params, float normaliser, const OptimizerState& state) {
-  AdamWFactors f{
-      .learning_rate = state.learning_rate, .beta1 = params.beta1, .beta2 = params.beta2, .eps = params.eps};
-  const double norm = state.gradient_norm, t = static_cast<double>(state.updates + 1);
-  f.gradient = static_cast<double>(normaliser) / state.gradient_scale;
-  if (params.clip > 0 && norm > params.clip) f.gradient *= params.clip / norm;
-  f.bias1 = 1 - std::pow(static_cast<double>(params.beta1), t);
-  f.bias2 = 1 - std::pow(static_cast<double>(params.beta2), t);
-  return f;
-}
-
-void back_off(const LossScaleRules& rules, OptimizerState& state) {
-  if (rules.hysteresis != Hysteresis::none) {
-    state.hysteresis_left = std::clamp(state.hysteresis_left - 1, 0, std::max(0, rules.hysteresis_steps - 1));
-    if (state.hysteresis_left > 0) return;
-  }
-  state.loss_scale = std::max(state.loss_scale * rules.backoff, rules.minimum);
 }
 
 }  // namespace
@@ -154,30 +130,14 @@ void gradient_norm(const Context&, const Tensor& normaliser, OptimizerBuffers& b
 }
 
 void update_loss_scale(const Context&, const LossScaleRules& rules, OptimizerBuffers& buffers) {
-  OptimizerState& state = state_of(buffers);
-  state.skip = state.nonfinite != 0;
-  if (state.skip) {
-    ++state.skipped;
-    ++state.consecutive_skips;
-    state.clean_steps = 0;
-    if (rules.dynamic) back_off(rules, state);
-    return;
-  }
-  state.consecutive_skips = 0;
-  if (rules.hysteresis == Hysteresis::consecutive) state.hysteresis_left = rules.hysteresis_steps;
-  if (!rules.dynamic || ++state.clean_steps < rules.growth_interval) return;
-  state.clean_steps = 0;
-  state.loss_scale = std::min(state.loss_scale * rules.growth, rules.maximum);
-  if (rules.hysteresis == Hysteresis::until_growth) state.hysteresis_left = rules.hysteresis_steps;
+  apply_rules(rules, state_of(buffers));
 }
 
 void adamw(const Context&, std::span<const Segment> segments, const Tensor& normaliser,
            const AdamWParams& params, OptimizerBuffers& buffers) {
   OptimizerState& state = state_of(buffers);
-  ++state.step;
-  if (state.skip) return;
-  state.learning_rate = kernels::learning_rate(params.schedule, state.updates);
-  const AdamWFactors f = factors(params, *normaliser.as<float>(), state);
+  const AdamWFactors f = begin_update(params, *normaliser.as<float>(), state);
+  if (f.skip) return;
   visit_dtype(buffers.weights.dtype, [&](auto tag) {
     using W = decltype(tag);
     using M = acc_t<W>;
@@ -189,7 +149,6 @@ void adamw(const Context&, std::span<const Segment> segments, const Tensor& norm
       adamw_piece(f, decay, end - begin, g + begin, m + begin, v + begin, master + begin, weights + begin);
     });
   });
-  ++state.updates;
 }
 
 }  // namespace kernels::cpu

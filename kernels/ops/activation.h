@@ -29,4 +29,14 @@ void silu_add_backward(const Context& ctx, const Tensor& dy, const Tensor& u, Te
 void add(const Context& ctx, const Tensor& a, const Tensor& b, Tensor y);
 }  // namespace cpu
 
+namespace cuda {
+void swiglu(const Context& ctx, const Tensor& x, Tensor y);
+void swiglu_backward(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dx);
+void gelu(const Context& ctx, const Tensor& x, Tensor y);
+void gelu_backward(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dx);
+void silu_add(const Context& ctx, const Tensor& x, const Tensor& u, Tensor y);
+void silu_add_backward(const Context& ctx, const Tensor& dy, const Tensor& u, Tensor du);
+void add(const Context& ctx, const Tensor& a, const Tensor& b, Tensor y);
+}  // namespace cuda
+
 }  // namespace kernels

@@ -15,4 +15,9 @@ void cast(const Context& ctx, const Tensor& x, Tensor y);
 void fill(const Context& ctx, Tensor y, float value);
 }  // namespace cpu
 
+namespace cuda {
+void cast(const Context& ctx, const Tensor& x, Tensor y);
+void fill(const Context& ctx, Tensor y, float value);
+}  // namespace cuda
+
 }  // namespace kernels

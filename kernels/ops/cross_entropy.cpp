@@ -19,6 +19,8 @@ void cross_entropy(const Context& ctx, Tensor logits, const Tensor& targets, con
   }
   check_shape(kName, "loss_sum", loss_sum, Shape{1});
   check_dtype(kName, "loss_sum", loss_sum, DType::f64);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::cross_entropy(ctx, logits, targets, weights, seed, loss_sum);
   if (ctx.rehearsal) return;
   return cpu::cross_entropy(ctx, logits, targets, weights, seed, loss_sum);
 }

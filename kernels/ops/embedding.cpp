@@ -20,6 +20,8 @@ void embedding(const Context& ctx, const Tensor& tokens, const Tensor& table, co
   if (position_table)
     check_lookup("embedding", "y", y, positions, "positions", position_table, "position_table", y.dtype);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::embedding(ctx, tokens, table, positions, position_table, y);
   return cpu::embedding(ctx, tokens, table, positions, position_table, y);
 }
 
@@ -30,6 +32,9 @@ void embedding_backward(const Context& ctx, const Tensor& dy, const Tensor& toke
   check_lookup(kName, "dy", dy, tokens, "tokens", dtable, "dtable", main);
   if (dposition_table)
     check_lookup(kName, "dy", dy, positions, "positions", dposition_table, "dposition_table", main);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda())
+      return cuda::embedding_backward(ctx, dy, tokens, dtable, positions, dposition_table);
   if (ctx.rehearsal) return;
   return cpu::embedding_backward(ctx, dy, tokens, dtable, positions, dposition_table);
 }

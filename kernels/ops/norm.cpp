@@ -34,6 +34,8 @@ void norm(const Context& ctx, const NormParams& params, const Tensor& x, const T
   check_common("norm", params, x, y, "y", gain, bias);
   if (statistics) check_statistics("norm", params, statistics, y);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::norm(ctx, params, x, gain, bias, y, statistics);
   return cpu::norm(ctx, params, x, gain, bias, y, statistics);
 }
 
@@ -47,6 +49,9 @@ void residual_norm(const Context& ctx, const NormParams& params, const Tensor& r
   }
   if (statistics) check_statistics(kName, params, statistics, y);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda())
+      return cuda::residual_norm(ctx, params, residual, branch, gain, bias, sum, y, statistics);
   return cpu::residual_norm(ctx, params, residual, branch, gain, bias, sum, y, statistics);
 }
 
@@ -63,6 +68,9 @@ void norm_backward(const Context& ctx, const NormParams& params, const Tensor& d
     check_shape(kName, name, *t, gain.shape);
     check_dtype(kName, name, *t, main_dtype(dy.dtype));
   }
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda())
+      return cuda::norm_backward(ctx, params, dy, x, gain, statistics, dx, accumulate, dgain, dbias);
   if (ctx.rehearsal) return;
   return cpu::norm_backward(ctx, params, dy, x, gain, statistics, dx, accumulate, dgain, dbias);
 }

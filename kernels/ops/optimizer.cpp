@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
-#include <numbers>
+
+#include "kernels/cpu/optimizer_rules.h"
 
 namespace kernels {
 
@@ -49,31 +49,8 @@ int64_t optimizer_piece(int64_t total) {
   return std::max<int64_t>(1, (share + kAlignment - 1) / kAlignment) * kAlignment;
 }
 
-float learning_rate(const Schedule& s, int64_t updates) {
-  if (updates < s.warmup)
-    return static_cast<float>(s.lr * static_cast<double>(updates + 1) / static_cast<double>(s.warmup));
-  // The fraction of [begin, total) that lies behind.
-  auto progress = [&](double begin) {
-    const double length = static_cast<double>(s.total) - begin;
-    return length <= 0 ? 1.0 : std::clamp((static_cast<double>(updates) - begin) / length, 0.0, 1.0);
-  };
-  const double floor = s.floor, warmup = static_cast<double>(s.warmup);
-  double factor = 1;
-  switch (s.kind) {
-    case ScheduleKind::constant:
-      break;
-    case ScheduleKind::cosine:
-      factor = floor + (1 - floor) * (1 + std::cos(std::numbers::pi * progress(warmup))) / 2;
-      break;
-    case ScheduleKind::linear:
-      factor = 1 - (1 - floor) * progress(warmup);
-      break;
-    case ScheduleKind::warmup_stable_decay:
-      factor = 1 - (1 - floor) *
-                       progress(std::max(warmup, static_cast<double>(s.total) * (1.0 - s.decay_fraction)));
-      break;
-  }
-  return static_cast<float>(s.lr * factor);
+float learning_rate(const Schedule& schedule, int64_t updates) {
+  return cpu::scheduled_rate(schedule, updates);
 }
 
 void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds) {
@@ -81,6 +58,8 @@ void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, 
   check_factors("loss_seeds", "factors", factors, factors.numel());
   check_factors("loss_seeds", "seeds", seeds, factors.numel());
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::loss_seeds(ctx, state, factors, seeds);
   return cpu::loss_seeds(ctx, state, factors, seeds);
 }
 
@@ -90,6 +69,8 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
   check_segments("gradient_statistics", segments, buffers.gradients.numel());
   check_factors("gradient_statistics", "normaliser", normaliser, 1);
   if (buffers.sums) check_shard("gradient_statistics", buffers);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::gradient_statistics(ctx, segments, normaliser, buffers);
   if (ctx.rehearsal) return;
   return cpu::gradient_statistics(ctx, segments, normaliser, buffers);
 }
@@ -99,12 +80,16 @@ void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffer
   check_factors("gradient_norm", "normaliser", normaliser, 1);
   check_shard("gradient_norm", buffers);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::gradient_norm(ctx, normaliser, buffers);
   return cpu::gradient_norm(ctx, normaliser, buffers);
 }
 
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers) {
   check_state("update_loss_scale", buffers.state);
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::update_loss_scale(ctx, rules, buffers);
   return cpu::update_loss_scale(ctx, rules, buffers);
 }
 
@@ -123,6 +108,8 @@ void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& 
   check_segments("adamw", segments, shape.numel());
   check_factors("adamw", "normaliser", normaliser, 1);
   if (buffers.sums) check_shard("adamw", buffers);
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::adamw(ctx, segments, normaliser, params, buffers);
   if (ctx.rehearsal) return;
   return cpu::adamw(ctx, segments, normaliser, params, buffers);
 }

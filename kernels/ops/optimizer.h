@@ -18,6 +18,7 @@
 //                         g' = c * multiplier * g;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
 //                         master -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay * master),
 //                         weight = master rounded to the compute type.  decay applies to segments marked so.
+// On a GPU gradient_statistics and adamw take working memory from ctx.scratch.
 // Gradients are left as they are; the next step clears them. Everything but `weights` is fp32.
 //
 // Sharded over ranks (ZeRO stage 1), a rank's buffers are one part of the flat buffers, and it knows the norm
@@ -132,5 +133,15 @@ void update_loss_scale(const Context& ctx, const LossScaleRules& rules, Optimize
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
            const AdamWParams& params, OptimizerBuffers& buffers);
 }  // namespace cpu
+
+namespace cuda {
+void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
+void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
+                         OptimizerBuffers& buffers);
+void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers);
+void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
+void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
+           const AdamWParams& params, OptimizerBuffers& buffers);
+}  // namespace cuda
 
 }  // namespace kernels

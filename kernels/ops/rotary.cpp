@@ -13,6 +13,8 @@ void rotary(const Context& ctx, Tensor x, const Tensor& positions, float theta, 
   if (direction != 1 && direction != -1)
     throw ShapeError(fmt::format("rotary: direction is {}, expected 1 or -1", direction));
   if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::rotary(ctx, x, positions, theta, direction);
   return cpu::rotary(ctx, x, positions, theta, direction);
 }
 

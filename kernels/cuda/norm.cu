@@ -1,0 +1,208 @@
+#include <algorithm>
+
+#include "kernels/cuda/device/norm_rows.cuh"
+#include "kernels/ops/norm.h"
+
+namespace kernels::cuda {
+
+namespace {
+
+struct Forward {
+  const void *residual, *branch, *x, *gain, *bias;
+  void *sum, *y;
+  float* statistics;
+  int64_t residual_stride, branch_stride, x_stride, sum_stride, y_stride, statistics_stride;
+  int64_t rows;
+  int columns;  // of a group
+  bool layer;
+  float eps;
+};
+
+template <typename X, typename Y>
+struct ForwardRow {
+  const X* x;
+  const Y *residual, *branch, *gain, *bias;
+  Y *sum, *y;
+  __device__ ForwardRow(const Forward& f, int64_t row, int group) {
+    const int64_t column = int64_t{group} * f.columns;
+    x = static_cast<const X*>(f.x) + row * f.x_stride + column;
+    residual = static_cast<const Y*>(f.residual) + row * f.residual_stride + column;
+    branch = static_cast<const Y*>(f.branch) + row * f.branch_stride + column;
+    gain = static_cast<const Y*>(f.gain) + column;
+    bias = f.bias ? static_cast<const Y*>(f.bias) + column : nullptr;
+    sum = static_cast<Y*>(f.sum) + row * f.sum_stride + column;
+    y = static_cast<Y*>(f.y) + row * f.y_stride + column;
+  }
+};
+
+__device__ __forceinline__ void save_statistics(const Forward& f, int64_t row, int group, float mean,
+                                                float r) {
+  if (!f.statistics) return;
+  float* at = f.statistics + row * f.statistics_stride + 2 * group;
+  at[0] = mean;
+  at[1] = r;
+}
+
+// A group of a row stays in the registers of S::kLanes threads.
+template <class S, typename X, typename Y, bool kResidual>
+__global__ void __launch_bounds__(S::kThreads) forward_kernel(const Forward f) {
+  constexpr int N = kNormElements<X, Y>;
+  __shared__ float shared[33];
+  const int lane = threadIdx.x % S::kLanes, group = blockIdx.y;
+  const int64_t row = int64_t{blockIdx.x} * S::kRows + threadIdx.x / S::kLanes;
+  const bool live = row < f.rows;
+  const ForwardRow<X, Y> at(f, live ? row : 0, group);
+  Vector<X, N> x[S::kVectors];
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int c = (k * S::kLanes + lane) * N;
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[k].at[j] = from_float<X>(0.0f);
+    if (!live || c >= f.columns) continue;
+    if constexpr (kResidual) {
+      const auto a = load_vector<Y, N>(at.residual + c), b = load_vector<Y, N>(at.branch + c);
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[k].at[j] = from_float<Y>(to_float(a.at[j]) + to_float(b.at[j]));
+      store_vector(at.sum + c, x[k]);
+    } else {
+      x[k] = load_vector<X, N>(at.x + c);
+    }
+  }
+  float mean = 0, squares = 0;
+  if (f.layer) {
+#pragma unroll
+    for (int k = 0; k < S::kVectors; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) mean += to_float(x[k].at[j]);
+    mean = lanes_sum<S>(mean, shared) / static_cast<float>(f.columns);
+  }
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k)
+    if ((k * S::kLanes + lane) * N < f.columns)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float centred = to_float(x[k].at[j]) - mean;
+        squares = fmaf(centred, centred, squares);
+      }
+  squares = lanes_sum<S>(squares, shared);
+  const float r = 1.0f / sqrtf(squares / static_cast<float>(f.columns) + f.eps);
+  if (!live) return;
+  if (lane == 0) save_statistics(f, row, group, mean, r);
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int c = (k * S::kLanes + lane) * N;
+    if (c >= f.columns) continue;
+    const auto gain = load_vector<Y, N>(at.gain + c);
+    Vector<Y, N> bias{}, y;
+    if (at.bias) bias = load_vector<Y, N>(at.bias + c);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float v = (to_float(x[k].at[j]) - mean) * r * to_float(gain.at[j]);
+      y.at[j] = from_float<Y>(at.bias ? v + to_float(bias.at[j]) : v);
+    }
+    store_vector(at.y + c, y);
+  }
+}
+
+// Any width and any alignment: a block reads its row again for every sum.
+template <typename X, typename Y, bool kResidual>
+__global__ void __launch_bounds__(kAnyThreads) forward_any_kernel(const Forward f) {
+  __shared__ float shared[33];
+  const int group = blockIdx.y;
+  const int64_t row = blockIdx.x;
+  const ForwardRow<X, Y> at(f, row, group);
+  const auto value = [&](int c) {
+    if constexpr (kResidual)
+      return to_float(from_float<Y>(to_float(at.residual[c]) + to_float(at.branch[c])));
+    else
+      return to_float(at.x[c]);
+  };
+  float mean = 0, squares = 0;
+  if (f.layer) {
+    for (int c = threadIdx.x; c < f.columns; c += kAnyThreads) mean += value(c);
+    mean = block_reduce<Sum>(mean, shared, 0.0f) / static_cast<float>(f.columns);
+  }
+  for (int c = threadIdx.x; c < f.columns; c += kAnyThreads) {
+    const float centred = value(c) - mean;
+    squares = fmaf(centred, centred, squares);
+  }
+  squares = block_reduce<Sum>(squares, shared, 0.0f);
+  const float r = 1.0f / sqrtf(squares / static_cast<float>(f.columns) + f.eps);
+  if (threadIdx.x == 0) save_statistics(f, row, group, mean, r);
+  for (int c = threadIdx.x; c < f.columns; c += kAnyThreads) {
+    const float x = value(c);
+    // The sum may stand where the residual or the branch did: this element is read no more.
+    if constexpr (kResidual) at.sum[c] = from_float<Y>(x);
+    const float v = (x - mean) * r * to_float(at.gain[c]);
+    at.y[c] = from_float<Y>(at.bias ? v + to_float(at.bias[c]) : v);
+  }
+}
+
+template <typename X, typename Y, bool kResidual>
+void launch_forward(const Context& ctx, const char* name, const Forward& f, int64_t groups, bool wide) {
+  visit_spread(f.columns, kNormElements<X, Y>, wide, [&](auto spread) {
+    using S = decltype(spread);
+    if constexpr (std::is_same_v<S, AnySpread>) {
+      const dim3 grid(static_cast<unsigned>(f.rows), static_cast<unsigned>(groups));
+      forward_any_kernel<X, Y, kResidual><<<grid, kAnyThreads, 0, stream_of(ctx)>>>(f);
+    } else {
+      const dim3 grid(static_cast<unsigned>((f.rows + S::kRows - 1) / S::kRows),
+                      static_cast<unsigned>(groups));
+      forward_kernel<S, X, Y, kResidual><<<grid, S::kThreads, 0, stream_of(ctx)>>>(f);
+    }
+  });
+  check_launch(name);
+}
+
+Forward forward_of(const NormParams& params, const Tensor& gain, const Tensor& bias, const Tensor& y,
+                   const Tensor& statistics) {
+  Forward f{};
+  f.gain = gain.data;
+  f.bias = bias.data;
+  f.y = y.data;
+  f.y_stride = y.row_stride;
+  f.statistics = statistics ? statistics.as<float>() : nullptr;
+  f.statistics_stride = statistics.row_stride;
+  f.rows = y.rows();
+  f.columns = static_cast<int>(y.cols() / params.groups);
+  f.layer = params.kind == NormKind::layer;
+  f.eps = params.eps;
+  return f;
+}
+
+}  // namespace
+
+void norm(const Context& ctx, const NormParams& params, const Tensor& x, const Tensor& gain,
+          const Tensor& bias, Tensor y, Tensor statistics) {
+  if (y.numel() == 0) return;
+  Forward f = forward_of(params, gain, bias, y, statistics);
+  f.x = x.data;
+  f.x_stride = x.row_stride;
+  visit_norm_types(x.dtype, y.dtype, [&](auto from, auto to) {
+    using X = decltype(from);
+    using Y = decltype(to);
+    constexpr int N = kNormElements<X, Y>;
+    const bool wide = aligned_for<N>({x, y, gain, bias}) && f.columns % N == 0;
+    launch_forward<X, Y, false>(ctx, "norm", f, params.groups, wide);
+  });
+}
+
+void residual_norm(const Context& ctx, const NormParams& params, const Tensor& residual, const Tensor& branch,
+                   const Tensor& gain, const Tensor& bias, Tensor sum, Tensor y, Tensor statistics) {
+  if (y.numel() == 0) return;
+  Forward f = forward_of(params, gain, bias, y, statistics);
+  f.residual = residual.data;
+  f.residual_stride = residual.row_stride;
+  f.branch = branch.data;
+  f.branch_stride = branch.row_stride;
+  f.sum = sum.data;
+  f.sum_stride = sum.row_stride;
+  visit_device_dtype(y.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    constexpr int N = kNormElements<T, T>;
+    const bool wide = aligned_for<N>({residual, branch, sum, y, gain, bias}) && f.columns % N == 0;
+    launch_forward<T, T, true>(ctx, "residual_norm", f, params.groups, wide);
+  });
+}
+
+}  // namespace kernels::cuda

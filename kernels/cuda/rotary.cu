@@ -1,0 +1,111 @@
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "kernels/cuda/device/map.cuh"
+#include "kernels/ops/rotary.h"
+
+namespace kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kLargestHalf = 256;
+
+// theta^(-d / half), computed on the host in fp64.
+struct Rates {
+  double at[kLargestHalf];
+};
+
+struct RotaryArguments {
+  int64_t stride, rows;
+  const int32_t* positions;
+  int half, heads;
+  int vectors;           // of a half
+  int heads_per_thread;  // which share their angles
+  int groups;            // of heads
+  float direction;
+};
+
+// The angle is reduced to [-pi, pi] in fp64: what is left of it is exact to half a unit of fp32.
+__device__ __forceinline__ void cosine_sine(double angle, float direction, float& c, float& s) {
+  constexpr double kTurn = 6.283185307179586477, kTurnRest = 2.4492935982947064e-16;
+  const double turns = rint(angle * (1 / kTurn));
+  const double rest = fma(-turns, kTurnRest, fma(-turns, kTurn, angle));
+  sincosf(static_cast<float>(rest), &s, &c);
+  s *= direction;
+}
+
+// A thread rotates N pairs of columns of one row in several heads.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    rotary_kernel(T* x, const RotaryArguments a, const __grid_constant__ Rates rates) {
+  const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int vector = static_cast<int>(unit % a.vectors),
+            group = static_cast<int>(unit / a.vectors % a.groups);
+  const int64_t row = unit / a.vectors / a.groups;
+  if (row >= a.rows) return;
+  const double position = a.positions[row];
+  const int d = vector * N;
+  float c[N], s[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) cosine_sine(position * rates.at[d + j], a.direction, c[j], s[j]);
+  const int first = group * a.heads_per_thread, last = min(a.heads, first + a.heads_per_thread);
+  T* at = x + row * a.stride + d;
+#pragma unroll 2
+  for (int h = first; h < last; ++h) {
+    T* head = at + h * 2 * a.half;
+    auto x1 = load_vector<T, N>(head), x2 = load_vector<T, N>(head + a.half);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float u = to_float(x1.at[j]), v = to_float(x2.at[j]);
+      x1.at[j] = from_float<T>(fmaf(-v, s[j], u * c[j]));
+      x2.at[j] = from_float<T>(fmaf(u, s[j], v * c[j]));
+    }
+    store_vector(head, x1);
+    store_vector(head + a.half, x2);
+  }
+}
+
+template <typename T, int N>
+void rotate(const Context& ctx, const Tensor& x, RotaryArguments a, const Rates& rates) {
+  // Angles cost more than the rotation: heads share them as long as the chip stays full.
+  constexpr int64_t kFull = int64_t{1} << 18;
+  a.vectors = a.half / N;
+  const int64_t all = a.rows * a.heads * a.vectors;
+  a.heads_per_thread = static_cast<int>(std::clamp<int64_t>(all / kFull, 1, a.heads));
+  a.groups = (a.heads + a.heads_per_thread - 1) / a.heads_per_thread;
+  const int64_t units = a.rows * a.vectors * a.groups;
+  const auto blocks = static_cast<unsigned>((units + kThreads - 1) / kThreads);
+  rotary_kernel<T, N><<<blocks, kThreads, 0, stream_of(ctx)>>>(static_cast<T*>(x.data), a, rates);
+  check_launch("rotary");
+}
+
+}  // namespace
+
+void rotary(const Context& ctx, Tensor x, const Tensor& positions, float theta, int direction) {
+  const int64_t half = x.dim(2) / 2;
+  if (half > kLargestHalf)
+    throw ShapeError("rotary: heads of " + std::to_string(x.dim(2)) + " columns, at most " +
+                     std::to_string(2 * kLargestHalf) + " on a GPU");
+  if (x.numel() == 0) return;
+  Rates rates;
+  for (int64_t d = 0; d < half; ++d)
+    rates.at[d] = std::pow(static_cast<double>(theta), -static_cast<double>(d) / static_cast<double>(half));
+  RotaryArguments a{};
+  a.stride = x.row_stride;
+  a.rows = x.rows();
+  a.positions = positions.as<int32_t>();
+  a.half = static_cast<int>(half);
+  a.heads = static_cast<int>(x.dim(1));
+  a.direction = static_cast<float>(direction);
+  visit_device_dtype(x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    constexpr int kWide = kVectorElements<T>;
+    if (half % kWide == 0 && rows_aligned(x, 16))
+      rotate<T, kWide>(ctx, x, a, rates);
+    else
+      rotate<T, 1>(ctx, x, a, rates);
+  });
+}
+
+}  // namespace kernels::cuda
