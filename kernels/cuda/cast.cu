@@ -18,11 +18,15 @@ struct Fill {
 
 }  // namespace
 
+// Anything may be read from fp64 and widened to it, by way of fp32.
 void cast(const Context& ctx, const Tensor& x, Tensor y) {
-  visit_device_dtype(x.dtype, [&](auto from) {
-    visit_device_dtype(y.dtype,
-                       [&](auto to) { map_rows<Copy, decltype(from), decltype(to)>(ctx, "cast", {x}, {y}); });
-  });
+  const auto map = [&](auto from, auto to) {
+    map_rows<Copy, decltype(from), decltype(to)>(ctx, "cast", {x}, {y});
+  };
+  if (x.dtype == DType::f64) return visit_device_dtype(y.dtype, [&](auto to) { map(double{}, to); });
+  if (y.dtype == DType::f64) return visit_device_dtype(x.dtype, [&](auto from) { map(from, double{}); });
+  visit_device_dtype(x.dtype,
+                     [&](auto from) { visit_device_dtype(y.dtype, [&](auto to) { map(from, to); }); });
 }
 
 void fill(const Context& ctx, Tensor y, float value) {

@@ -78,6 +78,9 @@ struct OpCase {
   std::vector<kernels::DType> types = {kernels::DType::f16, kernels::DType::bf16, kernels::DType::f32};
 };
 
+// A row whose forward takes too long for many gradient checks.
+OpCase large(OpCase op);
+
 // One case with memory, in one compute type. Inputs are rounded to `rounding`, so that an fp64 run can see
 // exactly the numbers of an fp16 one. Each call is rehearsed first, as a plan would, then run for real.
 class OpRun {

@@ -24,6 +24,7 @@ std::vector<OpCase> cast_cases() {
       cast_case("to_main", Type::compute, Type::main, {7, 5, 3}, 0),
       cast_case("to_compute", Type::main, Type::compute, {70001}, 0),
       cast_case("strided", Type::main, Type::compute, {50, 13}, 3),
+      cast_case("many_rows", Type::main, Type::compute, {66001, 4}, 4),
       cast_case("from_f64", Type::f64, Type::compute, {41, 9}, 0),
       cast_case("to_f64", Type::compute, Type::f64, {41, 9}, 1),
       fill,

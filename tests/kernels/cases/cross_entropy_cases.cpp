@@ -1,3 +1,4 @@
+#include "kernels/ops/cast.h"
 #include "kernels/ops/cross_entropy.h"
 #include "tests/support/op_case.h"
 
@@ -31,11 +32,15 @@ double read(const Tensor& t) {
 
 // The loss starts at "start"; the gradient is seeded with the loss's own gradient. The loss is held in fp64,
 // its parts in fp32.
-OpCase entropy_case(std::string name, int64_t rows, int64_t vocabulary, double scale) {
+OpCase entropy_case(std::string name, int64_t rows, int64_t vocabulary, double scale, int64_t padding = 0) {
   OpCase op{
       .operation = "cross_entropy", .name = std::move(name), .inputs = {}, .outputs = {}, .forward = {}};
   op.inputs = {
-      {.name = "logits", .shape = {rows, vocabulary}, .gradient = Gradient::written, .scale = scale},
+      {.name = "logits",
+       .shape = {rows, vocabulary},
+       .gradient = Gradient::written,
+       .scale = scale,
+       .padding = padding},
       {.name = "targets", .shape = {rows}, .type = Type::i32, .values = some_targets(rows, vocabulary)},
       {.name = "weights", .shape = {rows}, .type = Type::f32, .values = some_weights(rows)},
       {.name = "start", .shape = {1}, .type = Type::f64, .values = {0.75}}};
@@ -45,7 +50,7 @@ OpCase entropy_case(std::string name, int64_t rows, int64_t vocabulary, double s
     kernels::cross_entropy(ctx, t["logits"], t["targets"], t["weights"], {}, t["loss_sum"]);
   };
   op.backward = [](const Context& ctx, const OpTensors& t) {
-    support::copy(t["logits"], t["dlogits"]);
+    kernels::cast(ctx, t["logits"], t["dlogits"]);
     support::copy(t["start"], t["loss_sum"]);
     TensorBuffer seed(kernels::DType::f32, {1}, ctx.device);
     seed.set(0, read(t["dloss_sum"]));
@@ -63,6 +68,10 @@ std::vector<OpCase> cross_entropy_cases() {
       entropy_case("odd", 11, 37, 1),
       entropy_case("two_words", 6, 2, 3),
       entropy_case("threads", 40, 1003, 4),
+      entropy_case("padded", 9, 301, 3, 19),
+      large(entropy_case("many_rows", 66001, 5, 3, 0)),
+      large(entropy_case("gpt2", 5, 50257, 3, 47)),
+      large(entropy_case("larger_than_shared_memory", 3, 130001, 3, 0)),
   };
 }
 

@@ -61,6 +61,9 @@ std::vector<OpCase> embedding_cases() {
       embedding_case("plain", {.rows = 23, .vocabulary = 7, .width = 20, .context = 0}, 0),
       embedding_case("positions", {.rows = 17, .vocabulary = 5, .width = 13, .context = 6}, 4),
       embedding_case("threads", {.rows = 120, .vocabulary = 11, .width = 200, .context = 9}, 0),
+      // Runs of one token over many pieces of the sorted list, and more rows than a grid's second dimension.
+      large(embedding_case("long_runs", {.rows = 3000, .vocabulary = 3, .width = 72, .context = 1024}, 0)),
+      large(embedding_case("many_rows", {.rows = 66001, .vocabulary = 5003, .width = 8, .context = 0}, 0)),
   };
 }
 

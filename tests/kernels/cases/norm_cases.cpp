@@ -103,6 +103,17 @@ std::vector<OpCase> norm_cases() {
                 Type::compute, Gradient::accumulated),
       norm_case("layer_heads_strided", layer_heads, {.rows = 4, .cols = 2 * 19, .padding = 1}, Type::main,
                 Gradient::accumulated),
+      // Every way a GPU spreads a row, and more rows than a grid's second dimension has.
+      large(
+          norm_case("rms_many_rows", rms, {.rows = 66003, .cols = 8}, Type::compute, Gradient::accumulated)),
+      large(norm_case("layer_768", layer, {.rows = 600, .cols = 768}, Type::compute, Gradient::written)),
+      large(norm_case("layer_1600", layer, {.rows = 37, .cols = 1600}, Type::compute, Gradient::accumulated)),
+      large(norm_case("rms_4096_main", rms, {.rows = 19, .cols = 4096}, Type::main, Gradient::accumulated)),
+      large(norm_case("layer_wide", layer, {.rows = 5, .cols = 9000}, Type::compute, Gradient::written)),
+      large(norm_case("rms_head_rows", {.kind = NormKind::rms, .groups = 12}, {.rows = 301, .cols = 12 * 64},
+                      Type::compute, Gradient::written)),
+      large(residual_case("residual_768", layer, {.rows = 43, .cols = 768})),
+      large(residual_case("residual_2048", rms, {.rows = 11, .cols = 2048})),
       residual_case("residual_rms", rms, {.rows = 8, .cols = 48}),
       residual_case("residual_layer", layer, {.rows = 5, .cols = 21}),
       residual_case("residual_threads", rms, {.rows = 70, .cols = 301}),

@@ -59,7 +59,8 @@ OpCase step_case(std::string name, int64_t count, float clip) {
 }  // namespace
 
 std::vector<OpCase> optimizer_cases() {
-  return {step_case("step", 1003, 0.0f), step_case("step_clipped", 70001, 1.0f)};
+  return {step_case("step", 1003, 0.0f), step_case("step_clipped", 70001, 1.0f),
+          step_case("step_unaligned_segments", 70002, 1.0f)};
 }
 
 }  // namespace support

@@ -1,0 +1,187 @@
+// The optimizer on a GPU against the one on the CPU: the same states, step after step, and the same weights.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "kernels/core/stream.h"
+#include "kernels/ops/cast.h"
+#include "kernels/ops/optimizer.h"
+#include "tests/support/tensor_buffer.h"
+
+namespace {
+
+using kernels::Context;
+using kernels::Device;
+using kernels::DType;
+using kernels::Hysteresis;
+using kernels::LossScaleRules;
+using kernels::OptimizerState;
+using kernels::Segment;
+using support::TensorBuffer;
+
+constexpr Device kGpu{Device::Kind::cuda, 0};
+constexpr int64_t kCount = 20011;
+
+// A matrix, a gap, a frozen part, and vectors that begin and end anywhere.
+std::vector<Segment> some_segments() {
+  std::vector<Segment> segments = {{.begin = 0, .count = 7000, .decay = true},
+                                   {.begin = 7008, .count = 3001, .decay = true, .trainable = false}};
+  for (int64_t begin = 10010; begin + 29 <= kCount; begin += 29)
+    segments.push_back({.begin = begin, .count = 28, .decay = begin % 2 == 0});
+  return segments;
+}
+
+// One model on one device, with the working memory of its steps.
+struct Model {
+  Device device;
+  TensorBuffer weights, master, gradients, m, v, state, normaliser, factors, seeds;
+  kernels::OptimizerBuffers buffers;
+  kernels::Arena scratch;
+  Context ctx;
+
+  Model(Device device, kernels::Stream stream, const std::vector<Segment>& segments)
+      : device(device),
+        weights(DType::f16, {kCount}, device),
+        master(DType::f32, {kCount}, device),
+        gradients(DType::f32, {kCount}, device),
+        m(DType::f32, {kCount}, device),
+        v(DType::f32, {kCount}, device),
+        state(DType::u8, {sizeof(OptimizerState)}, device),
+        normaliser(DType::f32, {1}, device),
+        factors(DType::f32, {2}, device),
+        seeds(DType::f32, {2}, device),
+        buffers{weights, master, gradients, m, v, state},
+        scratch("scratch", device),
+        ctx{.device = device, .stream = stream, .scratch = &scratch, .rehearsal = true} {
+    master.fill_normal(1);
+    weights.fill_normal(1);
+    m.fill_normal(3, 0.01);
+    v.set(std::vector<double>(kCount, 0.002));
+    gradients.fill_normal(2);
+    normaliser.set(0, 0.5);
+    factors.set(std::vector<double>{0.5, 0.125});
+    put({.loss_scale = 1024.0f});
+    step(segments, {});
+    scratch.place();
+    ctx.rehearsal = false;
+  }
+  void put(const OptimizerState& value) {
+    kernels::copy_bytes(state.tensor().data, device, &value, {}, sizeof(value));
+  }
+  OptimizerState now() const {
+    OptimizerState value;
+    kernels::copy_bytes(&value, {}, state.tensor().data, device, sizeof(value));
+    return value;
+  }
+  void step(const std::vector<Segment>& segments, const LossScaleRules& rules) {
+    const kernels::AdamWParams params{.schedule = {.lr = 0.01f, .warmup = 4, .total = 20}, .clip = 0.7f};
+    kernels::loss_seeds(ctx, state, factors, seeds);
+    kernels::gradient_statistics(ctx, segments, normaliser, buffers);
+    kernels::update_loss_scale(ctx, rules, buffers);
+    kernels::adamw(ctx, segments, normaliser, params, buffers);
+  }
+};
+
+class CudaOptimizer : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
+    stream_.emplace(kGpu);
+  }
+  std::optional<kernels::OwnedStream> stream_;
+};
+
+void expect_equal(const OptimizerState& gpu, const OptimizerState& cpu) {
+  EXPECT_EQ(gpu.step, cpu.step);
+  EXPECT_EQ(gpu.updates, cpu.updates);
+  EXPECT_EQ(gpu.loss_scale, cpu.loss_scale);
+  EXPECT_EQ(gpu.clean_steps, cpu.clean_steps);
+  EXPECT_EQ(gpu.hysteresis_left, cpu.hysteresis_left);
+  EXPECT_EQ(gpu.consecutive_skips, cpu.consecutive_skips);
+  EXPECT_EQ(gpu.skipped, cpu.skipped);
+  EXPECT_EQ(gpu.nonfinite, cpu.nonfinite);
+  EXPECT_EQ(gpu.first_nonfinite, cpu.first_nonfinite);
+  EXPECT_EQ(gpu.skip, cpu.skip);
+  EXPECT_EQ(gpu.gradient_scale, cpu.gradient_scale);
+  // fp64 sums in another order, rounded once.
+  if (std::isfinite(cpu.gradient_norm)) {
+    EXPECT_NEAR(gpu.gradient_norm, cpu.gradient_norm, 0x1p-23 * cpu.gradient_norm);
+  } else {
+    EXPECT_EQ(gpu.gradient_norm, cpu.gradient_norm);
+  }
+  // The cosines of two libraries differ by an ulp of fp64: fp32 rounds the same way or to a neighbour.
+  EXPECT_NEAR(gpu.learning_rate, cpu.learning_rate, 0x1p-23 * cpu.learning_rate);
+}
+
+// Ten updates of relative error a few 2^-24 each, as the CPU's own test against fp64 allows.
+void expect_equal_memory(const Model& gpu, const Model& cpu) {
+  const auto a = gpu.master.values(), b = cpu.master.values();
+  for (size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], 80 * 0x1p-24) << i;
+  const auto w = gpu.weights.values();
+  for (const Segment& s : some_segments())
+    for (int64_t i = s.begin; s.trainable && i < s.begin + s.count; ++i)
+      ASSERT_EQ(w[static_cast<size_t>(i)],
+                static_cast<float>(kernels::f16(static_cast<float>(a[static_cast<size_t>(i)]))))
+          << i;
+}
+
+void expect_same_sequence(const LossScaleRules& rules, kernels::Stream stream) {
+  const auto segments = some_segments();
+  Model gpu(kGpu, stream, segments), cpu({}, {}, segments);
+  const int script[] = {0, 0, 1, 0, 2, 2, 0, 0, 0, 0, 1, 0, 0};  // how many elements overflow
+  for (size_t t = 0; t < std::size(script); ++t) {
+    SCOPED_TRACE(t);
+    for (Model* model : {&gpu, &cpu}) {
+      model->gradients.fill_normal(100 + t, 300);
+      if (script[t] > 0) model->gradients.set(9000, std::numeric_limits<double>::infinity());  // frozen
+      if (script[t] > 0) model->gradients.set(kCount - 40, std::nan(""));
+      if (script[t] > 1) model->gradients.set(6999, -std::numeric_limits<double>::infinity());
+      model->step(segments, rules);
+    }
+    kernels::synchronize(kGpu, stream);
+    expect_equal(gpu.now(), cpu.now());
+    EXPECT_EQ(gpu.seeds.values(), cpu.seeds.values());
+    expect_equal_memory(gpu, cpu);
+  }
+  EXPECT_EQ(gpu.now().skipped, 4);
+}
+
+TEST_F(CudaOptimizer, StatesEqualTheCpusThroughOverflows) {
+  for (const auto hysteresis : {Hysteresis::none, Hysteresis::until_growth, Hysteresis::consecutive}) {
+    SCOPED_TRACE(static_cast<int>(hysteresis));
+    expect_same_sequence({.growth_interval = 3, .hysteresis = hysteresis}, stream_->get());
+  }
+  expect_same_sequence({.dynamic = false}, stream_->get());
+}
+
+// A recorded step reads what changes from the device: launched again and again it is as many eager steps.
+TEST_F(CudaOptimizer, ARecordedStepIsManySteps) {
+  const auto segments = some_segments();
+  Model eager(kGpu, stream_->get(), segments), recorded(kGpu, stream_->get(), segments);
+  kernels::Graph graph;
+  kernels::Graph::begin(stream_->get());
+  recorded.step(segments, {.growth_interval = 2});
+  graph.end(stream_->get());
+  for (int t = 0; t < 6; ++t) {
+    for (Model* model : {&eager, &recorded}) {
+      model->gradients.fill_normal(100 + t, 300);
+      model->normaliser.set(0, 0.5 + t);
+      if (t == 3) model->gradients.set(17, std::nan(""));
+    }
+    eager.step(segments, {.growth_interval = 2});
+    graph.launch(stream_->get());
+    kernels::synchronize(kGpu, stream_->get());
+  }
+  EXPECT_EQ(eager.now().updates, 5);
+  EXPECT_EQ(recorded.state.bytes(), eager.state.bytes());
+  for (const auto& [a, b] : {std::pair{&eager.weights, &recorded.weights},
+                             {&eager.master, &recorded.master},
+                             {&eager.m, &recorded.m},
+                             {&eager.v, &recorded.v}})
+    EXPECT_TRUE(a->bytes() == b->bytes());
+}
+
+}  // namespace
