@@ -137,8 +137,16 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) shares[blockIdx.x] = mine;
 }
 
+// The norm of gradients whose squares add up to `squares`.
+__device__ float norm_of(double squares, const float* normaliser, const OptimizerState& state) {
+  if (!isfinite(squares)) return __int_as_float(0x7f800000);
+  return static_cast<float>(sqrt(squares) * fabs(double{*normaliser} / double{state.gradient_scale}));
+}
+
+// sums, if not null, gets the squares in its first entry and 0 in the others.
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_statistics_kernel(const Share* shares, int count, const float* normaliser, OptimizerState* state) {
+    finish_statistics_kernel(const Share* shares, int count, const float* normaliser, double* sums,
+                             OptimizerState* state) {
   __shared__ SharedSums shared;
   Share sum{0, 0, kNone, 0};
   for (int i = threadIdx.x; i < count; i += kFinishThreads) {
@@ -147,13 +155,21 @@ __global__ void __launch_bounds__(kFinishThreads)
     sum.first = min(sum.first, shares[i].first);
   }
   sum = reduce_shares(sum, shared);
+  if (sums && threadIdx.x < kOptimizerPieces) sums[threadIdx.x] = threadIdx.x == 0 ? sum.squares : 0;
   if (threadIdx.x != 0) return;
   state->gradient_scale = state->loss_scale;
   state->nonfinite = static_cast<int32_t>(min(sum.nonfinite, int64_t{kNone}));
   state->first_nonfinite = sum.nonfinite > 0 ? sum.first : -1;
-  const double multiplier = double{*normaliser} / double{state->gradient_scale};
-  state->gradient_norm = sum.nonfinite > 0 ? __int_as_float(0x7f800000)
-                                           : static_cast<float>(sqrt(sum.squares) * fabs(multiplier));
+  state->gradient_norm = norm_of(sum.squares, normaliser, *state);
+}
+
+__global__ void __launch_bounds__(kOptimizerPieces)
+    norm_kernel(const double* sums, const float* normaliser, OptimizerState* state) {
+  __shared__ double shared[33];
+  const double sum = block_reduce<Sum>(sums[threadIdx.x], shared, 0.0);
+  if (threadIdx.x != 0) return;
+  state->nonfinite = !isfinite(sum);
+  state->gradient_norm = norm_of(sum, normaliser, *state);
 }
 
 __global__ void seeds_kernel(const OptimizerState* state, const float* factors, int64_t count, float* seeds) {
@@ -244,9 +260,16 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
   else
     statistics_kernel<1><<<blocks, kThreads, 0, stream_of(ctx)>>>(device, count, g, elements, out);
   check_launch(kName);
+  double* sums = buffers.sums ? buffers.sums.as<double>() : nullptr;
   finish_statistics_kernel<<<1, kFinishThreads, 0, stream_of(ctx)>>>(out, blocks, normaliser.as<float>(),
-                                                                     state_of(buffers.state));
+                                                                     sums, state_of(buffers.state));
   check_launch(kName);
+}
+
+void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers) {
+  norm_kernel<<<1, kOptimizerPieces, 0, stream_of(ctx)>>>(buffers.sums.as<double>(), normaliser.as<float>(),
+                                                          state_of(buffers.state));
+  check_launch("gradient_norm");
 }
 
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers) {

@@ -184,4 +184,49 @@ TEST_F(CudaOptimizer, ARecordedStepIsManySteps) {
     EXPECT_TRUE(a->bytes() == b->bytes());
 }
 
+// Two shards: their sums add up to the whole's, and what is not finite in one stops both.
+TEST_F(CudaOptimizer, ShardsAgreeOnTheWholesNorm) {
+  const auto segments = some_segments();
+  Model whole({}, {}, segments), model(kGpu, stream_->get(), segments);
+  whole.gradients.fill_normal(5, 300);
+  model.gradients.fill_normal(5, 300);
+  const int64_t half = kernels::optimizer_piece(kCount) * 100;
+  for (const bool finite : {true, false}) {
+    if (!finite) model.gradients.set(17, std::nan(""));
+    std::vector<double> sums(kernels::kOptimizerPieces, 0.0);
+    TensorBuffer part(DType::f64, {kernels::kOptimizerPieces}, kGpu);
+    for (const auto& [begin, count] : {std::pair{int64_t{0}, half}, {half, kCount - half}}) {
+      std::vector<Segment> inside;
+      for (Segment s : segments) {
+        const int64_t low = std::max(s.begin, begin), high = std::min(s.begin + s.count, begin + count);
+        if (low >= high) continue;
+        s.begin = low - begin, s.count = high - low;
+        inside.push_back(s);
+      }
+      kernels::OptimizerBuffers shard = model.buffers;
+      shard.gradients = shard.gradients.slice(begin, count);
+      shard.begin = begin, shard.total = kCount, shard.sums = part;
+      part.poison();
+      kernels::gradient_statistics(model.ctx, inside, model.normaliser, shard);
+      kernels::synchronize(kGpu, stream_->get());
+      EXPECT_EQ(model.now().nonfinite, !finite && begin == 0);
+      const auto values = part.values();
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += values[i];
+    }
+    kernels::OptimizerBuffers all = model.buffers;
+    part.set(sums);
+    all.total = kCount, all.sums = part;
+    kernels::gradient_norm(model.ctx, model.normaliser, all);
+    kernels::synchronize(kGpu, stream_->get());
+    kernels::gradient_statistics(whole.ctx, segments, whole.normaliser, whole.buffers);
+    const double expected = finite ? whole.now().gradient_norm : std::numeric_limits<double>::infinity();
+    EXPECT_EQ(model.now().nonfinite, finite ? 0 : 1);
+    if (finite) {
+      EXPECT_NEAR(model.now().gradient_norm, expected, 0x1p-23 * expected);
+    } else {
+      EXPECT_EQ(model.now().gradient_norm, expected);
+    }
+  }
+}
+
 }  // namespace
