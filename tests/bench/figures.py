@@ -13,16 +13,19 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "bench" / "results"
+PLACE_OF_LINEAR_OP = "sequences:4/length:8192/heads:16/width:128"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
 
 
-def benchmark(name):
+def read(name):
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def benchmark(name, device="cpu"):
     """{benchmark name: its fields} of a google-benchmark result, medians where runs were repeated."""
-    path = RESULTS / f"cpu_{name}.json"
-    if not path.exists():
-        return {}
     rows = {}
-    for b in json.loads(path.read_text())["benchmarks"]:
+    for b in read(f"{device}_{name}.json").get("benchmarks", []):
         if b.get("run_type") == "iteration" or b.get("aggregate_name") == "median":
             rows[b.get("run_name", b["name"])] = b
     return rows
@@ -103,6 +106,111 @@ def anchors(report):
     return [f"{a['model']} {a['bits_per_byte']:.2f}" for a in report.get("anchors", [])]
 
 
+def peers_of(name):
+    """Lines of a peer on the GPU that hold figures."""
+    path = RESULTS / f"gpu_{name}_pytorch.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def version_of(peer):
+    engine, torch = peer.get("engine", peer.get("op", "PyTorch")), peer["versions"]["torch"].split("+")[0]
+    return f"{engine}, PyTorch {torch}"
+
+
+def faster(work, ours, peer, theirs, unit, target, inverse=False):
+    """A row of the table: the figure, the peer's in the same run, how many times better ours is, what is asked for."""
+    digits = "{:,.0f} " if unit == "tokens/s" else "{:.3f} "
+    cells = [(digits + unit).format(x) if x else "not measured" for x in (ours, theirs)]
+    if theirs:
+        cells[1] = f"{version_of(peer)}: {cells[1]}"
+    ratio = f"{(theirs / ours if inverse else ours / theirs):.2f}x" if ours and theirs else ""
+    return (work, *cells, ratio, target)
+
+
+def gpu_training():
+    table = []
+    for name, work, target in (
+        ("train_124m", "GPT-2 124M, FP16 and dynamic scaling, B32 T1024", "1.1x"),
+        ("train_1558m", "GPT-2 1.5B, the same, B16 T1024", "1.1x"),
+        ("linear_124m", "linear attention 124M, the same, B4 T8192", "540,000 tokens/s"),
+    ):
+        preset = name.replace("train_", "gpt2_")
+        b = find(benchmark(name, "gpu"), rf"gpu_step/{preset}/")
+        peer = next((p for p in peers_of(name) if "tokens_per_second" in p), {})
+        if b:
+            row = faster(work, b["tokens_per_second"], peer, peer.get("tokens_per_second"), "tokens/s", target)
+            table.append(row)
+    two = read("gpu_two.json")
+    if two:
+        ours, peer = two["scaling"], two.get("peer", {})
+        cell = f"{version_of(peer)}: {peer['scaling']:.2f} x one" if peer else "not measured"
+        work = "GPT-2 124M on two GPUs, B32 on each"
+        ratio = f"{two['tokens_per_second'][1] / peer['tokens_per_second'][1]:.2f}x" if peer else ""
+        table.append((work, f"{ours:.2f} x one, {two['tokens_per_second'][1]:,} tokens/s", cell, ratio, "1.92 x one"))
+    return table
+
+
+def gpu_linear_attention():
+    """Forward and backward together, at the sizes of the table."""
+    rows = benchmark("linear", "gpu")
+    forward, backward = (find(rows, rf"{PLACE_OF_LINEAR_OP}.*{kind}") for kind in ("backward:0", "backward:1"))
+    if not (forward and backward):
+        return []
+    scale = {"ns": 1e-6, "us": 1e-3, "ms": 1.0}
+    ours = sum(b["real_time"] * scale[b["time_unit"]] for b in (forward, backward))
+    at = lambda p: (p.get("B"), p.get("T"), p.get("H"), p.get("D")) == (4, 8192, 16, 128)
+    peer = next((p for p in peers_of("linear") if at(p)), {})
+    work = "linear attention, elu + 1 and normaliser, forward and backward, B4 T8192 H16 D128"
+    return [faster(work, ours, peer, peer.get("forward_backward_ms"), "ms", "1.6 ms", inverse=True)]
+
+
+def gpu_decoding():
+    rows, peers = benchmark("decode", "gpu"), {p["new_tokens"]: p for p in peers_of("decode") if "ms" in p}
+    step = {n: find(rows, rf"gpu_decode/gpt2_124m/rows:{n}/") for n in (1, 32)}
+    if not all(step.values()):
+        return []
+    ours = {n: b["real_time"] for n, b in step.items()}
+    one, many = peers.get(1, {}), peers.get(32, {})
+    table = [faster("plain decoding, 124M, batch 1", ours[1], one, one.get("ms"), "ms", "0.30 ms", inverse=True)]
+    work, own = "verification of 32 tree nodes, 124M", f"1.3 x the plain step; is {ours[32] / ours[1]:.2f}"
+    return table + [faster(work, ours[32], many, many.get("ms"), "ms", own, inverse=True)]
+
+
+def gpu_proofs():
+    table = []
+    parity, tools = read("gpu_parity.json"), read("gpu_sanitize.json").get("tools")
+    if parity:
+        gpus = f"{parity['gpus']} GPU{'s' * (parity['gpus'] > 1)}"
+        passed = f"{parity['passed']} passed, {parity['skipped']} skipped, {len(parity['failed'])} failed"
+        table.append((f"tests that need a GPU, on {gpus}", passed, "", "", "none fails"))
+    if tools:
+        found = ", ".join(f"{name} {tool['errors']}" for name, tool in tools.items())
+        table.append(("errors under compute-sanitizer", found, "", "", "0"))
+    losses, precision = read("gpu_losses.json"), read("gpu_precision.json")
+    if losses:
+        work = f"losses of {losses['steps']} steps from PyTorch's weights, largest relative difference"
+        found = ", ".join(f"{p} {d:.1e}" for p, d in losses["largest_relative_difference"].items())
+        torch = losses["peer_versions"]["torch"].split("+")[0]
+        table.append((work, found, f"PyTorch {torch}", "", f"{losses['allowed']:.1e}"))
+    if precision:
+        tokens = precision["curves"]["fp32"]["tokens"][-1]
+        half, full = (precision[p]["loss"] for p in ("fp16", "fp32"))
+        work = f"loss after {tokens / 1e6:.1f}M tokens, fp16 with dynamic scaling"
+        table.append((work, f"{half:.4f}", f"fp32: {full:.4f}", f"{half / full:.4f}x", "within 1%"))
+    return table
+
+
+def render_gpu():
+    rows = gpu_training() + gpu_linear_attention() + gpu_decoding() + gpu_proofs()
+    if not rows:
+        return []
+    contexts = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("gpu_*.json"))]
+    names = {c.get("device") or c.get("context", {}).get("gpu") for c in contexts}
+    lines = ["", "| on a GPU | Foretell | peer in the same run | ratio | asked for |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return lines + ["", "GPU: " + "; ".join(sorted(names - {None, "unknown"})) + "."]
+
+
 def render():
     devices = [json.loads(p.read_text())["context"] for p in sorted(RESULTS.glob("cpu_*.json"))]
     lines = ["| what | Foretell | beside it |", "|---|---|---|"]
@@ -111,7 +219,7 @@ def render():
     names = sorted({d.get("device", d.get("host_name", "")) for d in devices} - {""})
     if names:
         lines += ["", "Measured on: " + "; ".join(names) + "."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + render_gpu()) + "\n"
 
 
 def main():

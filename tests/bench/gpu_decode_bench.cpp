@@ -1,0 +1,43 @@
+// One decoding step of the large presets on a GPU at batch 1: the model over `rows` new tokens, the choice of
+// tokens, the commit, as the host waits for them. rows 1 is plain decoding, more are verification. The peer
+// is the decode section of peers/pytorch_gpu.py.
+#include <benchmark/benchmark.h>
+
+#include "kernels/core/stream.h"
+#include "trainer/decode/decoder.h"
+#include "trainer/optim/settings.h"
+
+namespace {
+
+constexpr int64_t kVocabulary = 50304;
+constexpr int64_t kLength = 512;  // committed tokens
+
+// Argument: rows.
+void gpu_decode(benchmark::State& state, const std::string& preset) {
+  if (kernels::cuda_device_count() == 0) return state.SkipWithError("no GPU");
+  const configs::Config config =
+      configs::load_config(std::string(FORETELL_SOURCE) + "/configs/presets/" + preset + ".cfg", {});
+  const kernels::Device gpu{kernels::Device::Kind::cuda, 0};
+  const kernels::OwnedStream stream(gpu);
+  const kernels::Context ctx{.device = gpu, .stream = stream.get()};
+  trainer::Model model(config, kVocabulary);
+  model.parameters().allocate(gpu, trainer::compute_dtype(config), false);
+  model.parameters().initialize(ctx, 1);
+  model.prepare_decoding(ctx);
+  trainer::Decoder decoder(ctx, model, 1, 1024);
+  const trainer::DecodeSettings greedy;
+  decoder.measure_step(state.range(0), kLength, 20, greedy);
+  for (auto _ : state) state.SetIterationTime(decoder.measure_step(state.range(0), kLength, 1, greedy));
+  state.SetLabel(kernels::describe(gpu));
+  state.counters["weights/s"] = benchmark::Counter(static_cast<double>(model.decode_weight_bytes()),
+                                                   benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void shapes(benchmark::internal::Benchmark* b) {
+  b->ArgName("rows")->Arg(1)->Arg(8)->Arg(32)->Arg(64);
+  b->UseManualTime()->Unit(benchmark::kMillisecond)->MinTime(0.2);
+}
+BENCHMARK_CAPTURE(gpu_decode, gpt2_124m, "gpt2_124m")->Apply(shapes);
+BENCHMARK_CAPTURE(gpu_decode, linear_124m, "linear_124m")->Apply(shapes);
+
+}  // namespace
