@@ -53,7 +53,7 @@ gpu_count() { nvidia-smi -L | wc -l; }
 peer() {
   local out=$1 start=(env "LD_LIBRARY_PATH=$peers_libraries" "$python")
   shift
-  [ -z "${PEER_GPUS:-}" ] || start+=(-m torch.distributed.run --standalone --nproc-per-node "$PEER_GPUS")
+  [ -z "${PEER_GPUS:-}" ] || start+=(-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$PEER_GPUS")
   if ! "${start[@]}" tests/bench/peers/pytorch_gpu.py "$@" >"$work/peer.out" 2>"$work/peer.err"; then
     tail -n 3 "$work/peer.err"
     missing_peer=$1
@@ -121,15 +121,17 @@ part_parity() {
 }
 
 part_sanitize() {
-  local tests tool pids=() logs=()
+  local tests tool shard shards=$(($(nproc) / 4 + 1)) pids=() logs=()
   tests=$(program kernels_test)
   [ -n "$tests" ]
-  # The tools run beside each other: they wait for one thread of the host most of the time.
+  # Beside each other: what takes the time is one thread of the host in each.
   for tool in memcheck racecheck initcheck synccheck; do
-    timeout "${SANITIZE_SECONDS:-$(sized 3000 240)}" compute-sanitizer --tool $tool "$tests" \
-      --gtest_filter="${SANITIZE:-$(sized '*Cuda*' 'Cuda*')}" >"$work/$tool.log" 2>&1 &
-    pids+=($!)
-    logs+=("$tool=$work/$tool.log")
+    for ((shard = 0; shard < shards; ++shard)); do
+      GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard timeout "${SANITIZE_SECONDS:-$(sized 3000 240)}" \
+        compute-sanitizer --tool $tool "$tests" --gtest_filter="${SANITIZE:-*Cuda*}" >"$work/$tool.$shard.log" 2>&1 &
+      pids+=($!)
+      logs+=("$tool=$work/$tool.$shard.log")
+    done
   done
   wait "${pids[@]}" || true
   result sanitizers "$results/gpu_sanitize.json" "${logs[@]}"
@@ -142,7 +144,7 @@ part_gemm() {
 
 part_attention() {
   peer "$(fresh attention)" attention --shapes 32x1024x12x64,16x1024x12x64,4x8192x16x128
-  bench attention cuda_attention_bench "${FILTER:-.}"
+  bench attention gpu_attention_bench "${FILTER:-.}"
 }
 
 part_linear() {

@@ -114,13 +114,15 @@ def sanitizers(out, *logs):
     for name, path in pairs(logs):
         content = pathlib.Path(path).read_text(errors="replace")
         found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error", content)
-        ran = re.search(r"\[  PASSED  \] (\d+) test", content)
-        errors = sum(int(a or b) for a, b in found) if found else None
-        tools[name] = {"errors": errors, "tests": int(ran.group(1)) if ran else 0}
-        if errors or not found:
-            problems.append(f"{name}: {errors} errors" if found else f"{name} did not finish")
-        elif not ran or "[  FAILED  ]" in content:
-            problems.append(f"{name}: tests failed under it")
+        tool = tools.setdefault(name, {"errors": 0, "tests": 0})
+        tool["errors"] += sum(int(a or b) for a, b in found)
+        tool["tests"] += sum(int(n) for n in re.findall(r"\[  PASSED  \] (\d+) test", content))
+        if not found:
+            problems.append(f"{path} does not end with a summary")
+        elif "[  FAILED  ]" in content:
+            problems.append(f"{path}: tests failed")
+    problems += [f"{name}: {tool['errors']} errors" for name, tool in tools.items() if tool["errors"]]
+    problems += [f"{name}: no test passed" for name, tool in tools.items() if not tool["tests"]]
     write(out, {"tools": tools})
     return finish("compute-sanitizer, " + ", ".join(f"{n}: {t['tests']} tests" for n, t in tools.items()), problems)
 
