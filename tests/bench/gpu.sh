@@ -74,7 +74,7 @@ fresh() { rm -f "$results/gpu_$1_pytorch.jsonl"; echo "$results/gpu_$1_pytorch.j
 foretell() { "$(program foretell)" "$@"; }
 # settings RUN CONFIG KEY=VALUE...: the arguments of a training, in `arguments`.
 settings() {
-  arguments=(train "configs/presets/$2.cfg" --set log.run="$1" --set train.device=cuda)
+  arguments=(train "configs/presets/$2.cfg" --set log.run="$1" --set log.every=50 --set train.device=cuda)
   shift 2
   local setting
   for setting in "$@"; do arguments+=(--set "$setting"); done
@@ -99,7 +99,7 @@ prepare() {
   local roots=() tokenizer=${TOKENIZER:-sentencepiece:${VOCABULARY:-50304}} most=${MAX_BYTES:-$(sized 0 60000000)}
   [ -f "$work/joined/dataset.json" ] && return
   if [ -n "${TEXT:-}" ]; then read -ra roots <<<"$TEXT"; else
-    mapfile -t roots < <("$python" -c 'import sysconfig; p = sysconfig.get_paths(); print(p["purelib"], p["stdlib"], sep="\n")')
+    mapfile -t roots < <("$python" -c 'from sysconfig import get_path as p; print(p("purelib"), p("stdlib"), sep="\n")')
   fi
   result text "$work/text" "${roots[@]}"
   foretell prepare --input "$work/text/train" --validation-input "$work/text/held_out" --tokenizer "$tokenizer" \
@@ -189,7 +189,7 @@ part_two() {
   prepare
   for ranks in 1 2; do
     train $ranks "$work/two_$ranks" gpt2_124m data.path="$work/joined" train.batch=$((32 * ranks)) train.micro_batch=32 \
-      train.steps="$(sized 200 60)" train.validate_every=0 checkpoint.every=0
+      train.steps="$(sized 200 60)" optim.warmup=20 train.validate_every=0 checkpoint.every=0
   done
   out=$(fresh two)
   peer "$out" train --steps "$steps"
@@ -201,13 +201,14 @@ part_losses() {
   local count=${LOSS_STEPS:-50} batch=${LOSS_BATCH:-$(sized 32 8)} compute out folder=$work/losses set vocabulary
   prepare
   mkdir -p "$folder"
-  vocabulary=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["vocabulary"])' "$work/joined/dataset.json")
+  vocabulary=$("$python" -c 'import json, sys; print(json.load(sys.stdin)["vocabulary"])' <"$work/joined/dataset.json")
   set=(data.path="$work/joined" train.steps="$count" train.batch="$batch" train.micro_batch="$batch" optim.warmup=10
     optim.schedule=constant train.validate_every=0 checkpoint.every=0)
   peer /dev/null weights --vocabulary "$vocabulary" --weights "$folder/weights.safetensors"
   "$(program step_batches)" configs/presets/gpt2_124m.cfg "$folder/batches.bin" "$count" "${set[@]}"
   for compute in fp16 fp32; do
-    train 1 "$folder/$compute" gpt2_124m "${set[@]}" train.init_from="$folder/weights.safetensors" precision.compute=$compute
+    train 1 "$folder/$compute" gpt2_124m "${set[@]}" train.init_from="$folder/weights.safetensors" \
+      precision.compute=$compute
   done
   out=$(fresh losses)
   peer "$out" losses --vocabulary "$vocabulary" --weights "$folder/weights.safetensors" --batches "$folder/batches.bin" \
@@ -229,7 +230,8 @@ part_precision() {
 
 # How many steps fit into REAL_SECONDS, from a short run.
 real_steps() {
-  train 1 "$work/real_probe" linear_124m "$@" train.steps=30 train.validate_every=0 checkpoint.every=0 >"$work/probe.log"
+  train 1 "$work/real_probe" linear_124m "$@" train.steps=30 optim.warmup=10 train.validate_every=0 \
+    checkpoint.every=0 >"$work/probe.log"
   "$python" - "$work/real_probe/metrics.jsonl" "${REAL_SECONDS:-$(sized 300 40)}" <<'END'
 import json, statistics, sys
 times = [line["step_ms"] for line in map(json.loads, open(sys.argv[1])) if "step_ms" in line][10:]

@@ -68,6 +68,7 @@ def text(out, *roots):
             if len(joined) > 1 << 20:
                 (out / "joined" / f"{part:05}.py").write_bytes(joined)
                 joined, part = bytearray(), part + 1
+    (out / "joined" / f"{part:05}.py").write_bytes(joined)
     if not all(sizes.values()):
         return finish(f"Python sources below {', '.join(roots)}", ["none to train on or none to hold out"])
     return finish(", ".join(f"{name}: {size / 1e6:.1f} MB of Python" for name, size in sizes.items()), [])
