@@ -1,8 +1,10 @@
-// Training linear attention: what comes before and beside the sweeps.
+// Training linear attention: the choice of the sweeps, and what comes before and beside them.
 #include <algorithm>
+#include <bit>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/device/element.cuh"
+#include "kernels/cuda/device/mma.cuh"
 #include "kernels/cuda/device/reduce.cuh"
 #include "kernels/cuda/linear_attention.h"
 
@@ -12,24 +14,36 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Zeroes the rows that belong to no sequence.
-template <class T>
-__global__ void clear_outside(const int32_t* cu_seqlens, int sequences, int rows, Rows x, int cols) {
+struct Cleared {
+  void* data[3];
+  int64_t stride[3];  // bytes
+  int bytes[3];       // of a row, a multiple of 2
+};
+
+// Zeroes the rows that belong to no sequence; blockIdx.y: the tensor.
+__global__ void clear_outside(const int32_t* cu_seqlens, int sequences, int rows,
+                              const __grid_constant__ Cleared x) {
   const int first = cu_seqlens[0], last = cu_seqlens[sequences];
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     if (row >= first && row < last) continue;
-    T* at = static_cast<T*>(x.data) + row * x.stride;
-    for (int c = threadIdx.x; c < cols; c += blockDim.x) at[c] = from_float<T>(0.0f);
+    auto* at =
+        reinterpret_cast<uint16_t*>(static_cast<char*>(x.data[blockIdx.y]) + row * x.stride[blockIdx.y]);
+    for (int i = threadIdx.x; i < x.bytes[blockIdx.y] / 2; i += blockDim.x) at[i] = 0;
   }
 }
 
-void clear(const SweepTask& task, const Tensor& x, cudaStream_t stream) {
-  visit_device_dtype(x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const int blocks = static_cast<int>(std::min<int64_t>(x.rows(), 64));
-    clear_outside<T><<<blocks, kThreads, 0, stream>>>(task.cu_seqlens, task.sequences, task.rows,
-                                                      Rows{x.data, x.row_stride}, static_cast<int>(x.cols()));
-  });
+void clear(const SweepTask& task, std::initializer_list<Tensor> tensors, cudaStream_t stream) {
+  Cleared cleared = {};
+  unsigned count = 0;
+  for (const Tensor& x : tensors) {
+    if (!x) continue;
+    const auto size = static_cast<int64_t>(size_of(x.dtype));
+    cleared.data[count] = x.data;
+    cleared.stride[count] = x.row_stride * size;
+    cleared.bytes[count++] = static_cast<int>(x.cols() * size);
+  }
+  const dim3 grid(static_cast<unsigned>(std::min(task.rows, 64)), count);
+  clear_outside<<<grid, kThreads, 0, stream>>>(task.cu_seqlens, task.sequences, task.rows, cleared);
   check_launch("linear_attention");
 }
 
@@ -47,7 +61,40 @@ __global__ void output_dots(SweepTask t, Rows o, float* dd) {
   if (threadIdx.x % 32 == 0) dd[task] = -sum / t.denominator[row * t.denominator_stride + head];
 }
 
+// What the sweeps on the matrix units need of each row of do (device/linear_tiles.cuh), a warp per row and
+// head. do of the main type becomes g in the compute type, each row at a power of two of its own.
+template <class T, class G, int kWidth>
+__global__ void output_factors(SweepTask t, Rows o, T* g, float4* factors) {
+  constexpr int kEach = kWidth / 32;
+  const int64_t task = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  if (task >= int64_t{t.rows} * t.heads) return;
+  const int64_t row = task / t.heads, head = task % t.heads, at = head * kWidth + threadIdx.x % 32 * kEach;
+  const auto dout = load_vector<G, kEach>(static_cast<const G*>(t.dout.data) + row * t.dout.stride + at);
+  float x[kEach], peak = 0, dot = 0;
+  for (int i = 0; i < kEach; ++i) {
+    x[i] = to_float(dout.at[i]);
+    peak = fmaxf(peak, fabsf(x[i]));
+  }
+  peak = warp_reduce<Max>(peak);
+  float unit = 1;
+  if constexpr (!std::is_same_v<T, G>) {
+    unit = power_of_two(min(max(exponent(peak), -100), 100));
+    Vector<T, kEach> rounded;
+    for (int i = 0; i < kEach; ++i) rounded.at[i] = from_float<T>(x[i] /= unit);
+    store_vector(g + row * t.heads * kWidth + at, rounded);
+  }
+  float weight = unit;
+  if (t.denominator) {
+    const auto out = load_vector<T, kEach>(static_cast<const T*>(o.data) + row * o.stride + at);
+    for (int i = 0; i < kEach; ++i) dot = fmaf(x[i], to_float(out.at[i]), dot);
+    dot = warp_reduce<Sum>(dot);
+    weight /= t.denominator[row * t.denominator_stride + head];
+  }
+  if (threadIdx.x % 32 == 0) factors[head * t.rows + row] = {weight, -dot, peak / unit, unit};
+}
+
 Rows rows_of(const Tensor& x) { return {x.data, x.row_stride}; }
+unsigned warps_grid(int64_t warps) { return static_cast<unsigned>((warps * 32 + kThreads - 1) / kThreads); }
 
 SweepTask make_task(const LinearAttentionParams& params, const Tensor& q, const Tensor& k, const Tensor& v,
                     const Tensor& denominator, const Tensor& cu_seqlens, const SweepPlan& plan) {
@@ -68,23 +115,83 @@ SweepTask make_task(const LinearAttentionParams& params, const Tensor& q, const 
   return task;
 }
 
-float* allocate_states(const Context& ctx, const SweepPlan& plan, int64_t key_heads) {
-  if (plan.states == 0) return nullptr;
-  return static_cast<float*>(
-      ctx.scratch
-          ->allocate("linear attention states", DType::f32, {plan.states, key_heads * plan.state_floats})
-          .data);
+// Two ways to sweep, and memory for the states of either. Only addresses tell whether the matrix units can
+// take rows, and a plan has none.
+struct Ways {
+  SweepPlan any, tiles;
+  bool may_use_tiles;
+  float* states;
+};
+
+Ways plan_ways(const Context& ctx, const Tensor& q, const Tensor& k, const Tensor& cu_seqlens) {
+  const int64_t sequences = cu_seqlens.rows() - 1;
+  Ways ways{any_sweep_plan(q.rows(), sequences, q.dim(1), q.dim(2)),
+            tile_sweep_plan(q.rows(), sequences, q.dim(1), q.dim(2)),
+            (q.dtype == DType::f16 || q.dtype == DType::bf16) && (q.dim(2) == 64 || q.dim(2) == 128),
+            nullptr};
+  int64_t floats = ways.any.states * ways.any.state_floats;
+  if (ways.may_use_tiles) floats = std::max(floats, ways.tiles.states * ways.tiles.state_floats);
+  if (floats > 0)
+    ways.states = static_cast<float*>(
+        ctx.scratch->allocate("linear attention states", DType::f32, {k.dim(1), floats}).data);
+  return ways;
+}
+
+bool in_units(std::initializer_list<Tensor> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % 8 == 0;
+  });
+}
+
+// Calls fn(T, G) with the types of q and of do.
+template <class Fn>
+void visit_types(DType compute, DType gradient, Fn&& fn) {
+  visit_device_dtype(compute, [&](auto t) { gradient == DType::f32 ? fn(t, float{}) : fn(t, t); });
+}
+
+void backward_in_tiles(const Tensor& q, const Tensor& dout, const Tensor& o, SweepTask task, const Ways& ways,
+                       const Tensor& g, const Tensor& factors, Rows dk, Rows dv, cudaStream_t stream) {
+  auto* to = static_cast<float4*>(factors.data);
+  visit_types(q.dtype, dout.dtype, [&](auto t, auto gradient) {
+    using T = decltype(t);
+    using G = decltype(gradient);
+    if constexpr (!std::is_same_v<T, float>) {
+      auto* kernel = task.width == 64 ? output_factors<T, G, 64> : output_factors<T, G, 128>;
+      kernel<<<warps_grid(q.rows() * q.dim(1)), kThreads, 0, stream>>>(task, rows_of(o),
+                                                                       static_cast<T*>(g.data), to);
+    }
+  });
+  check_launch("linear_attention_backward");
+  if (g) task.dout = rows_of(g);
+  tile_backward(q.dtype, ways.tiles, task, to, dk, dv, stream);
+}
+
+void backward_of_any(const Tensor& q, const Tensor& dout, const Tensor& o, SweepTask task, const Ways& ways,
+                     const Tensor& dd, Rows dk, Rows dv, cudaStream_t stream) {
+  if (task.denominator) {
+    visit_types(q.dtype, dout.dtype, [&](auto t, auto gradient) {
+      auto* kernel = output_dots<decltype(t), decltype(gradient)>;
+      kernel<<<warps_grid(q.rows() * q.dim(1)), kThreads, 0, stream>>>(task, rows_of(o),
+                                                                       static_cast<float*>(dd.data));
+    });
+    check_launch("linear_attention_backward");
+    task.dd = static_cast<const float*>(dd.data);
+  }
+  for (auto [sweep, out] : {std::pair{Sweep::dq, task.out}, {Sweep::dk, dk}, {Sweep::dv, dv}}) {
+    task.out = out;
+    any_sweep(sweep, q.dtype, dout.dtype, ways.any, task, stream);
+  }
 }
 
 }  // namespace
 
 SweepPlan plan_segments(int64_t rows, int64_t sequences, int64_t tasks) {
   // Two blocks on each of an H200's multiprocessors; below kShortest rows a state costs more than it spares.
-  constexpr int64_t kBlocks = 264, kShortest = 512, kMultiple = 64;
-  const int64_t even = (rows * tasks / kBlocks + kMultiple - 1) / kMultiple * kMultiple;
+  // Powers of two cut the usual lengths evenly.
+  constexpr uint64_t kBlocks = 264, kShortest = 512;
+  const auto even = static_cast<uint64_t>(rows * tasks) / kBlocks;
   SweepPlan plan;
-  plan.segment_rows = std::max(kShortest, even);
-  if (plan.segment_rows >= rows) plan.segment_rows = (rows / kMultiple + 1) * kMultiple;
+  plan.segment_rows = static_cast<int64_t>(std::bit_ceil(std::max(kShortest, even)));
   plan.states = rows / plan.segment_rows;
   plan.slots = plan.states + sequences;
   plan.state_floats = 1;
@@ -95,16 +202,19 @@ void linear_attention(const Context& ctx, const LinearAttentionParams& params, c
                       const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, Tensor o,
                       Tensor denominator) {
   ArenaScope scope(*ctx.scratch);
-  const SweepPlan plan = any_sweep_plan(q.rows(), cu_seqlens.rows() - 1, q.dim(1), q.dim(2));
-  float* states = allocate_states(ctx, plan, k.dim(1));
+  const Ways ways = plan_ways(ctx, q, k, cu_seqlens);
   if (ctx.rehearsal || q.numel() == 0) return;
-  SweepTask task = make_task(params, q, k, v, denominator, cu_seqlens, plan);
-  task.states = states;
+  const bool tiles = ways.may_use_tiles && in_units({q, k, v, o});
+  SweepTask task = make_task(params, q, k, v, denominator, cu_seqlens, tiles ? ways.tiles : ways.any);
+  task.states = ways.states;
   task.out = rows_of(o);
   const cudaStream_t stream = stream_of(ctx);
-  clear(task, o, stream);
-  if (params.normalise) clear(task, denominator, stream);
-  any_sweep(Sweep::forward, q.dtype, o.dtype, plan, task, stream);
+  clear(task, {o, params.normalise ? denominator : Tensor()}, stream);
+  if (tiles) {
+    tile_forward(q.dtype, o.dtype, ways.tiles, task, stream);
+  } else {
+    any_sweep(Sweep::forward, q.dtype, o.dtype, ways.any, task, stream);
+  }
 }
 
 void linear_attention_backward(const Context& ctx, const LinearAttentionParams& params, const Tensor& dout,
@@ -112,31 +222,27 @@ void linear_attention_backward(const Context& ctx, const LinearAttentionParams& 
                                const Tensor& denominator, const Tensor& cu_seqlens, Tensor dq, Tensor dk,
                                Tensor dv) {
   ArenaScope scope(*ctx.scratch);
-  const SweepPlan plan = any_sweep_plan(q.rows(), cu_seqlens.rows() - 1, q.dim(1), q.dim(2));
-  float* states = allocate_states(ctx, plan, k.dim(1));
-  const Tensor dd =
-      params.normalise ? ctx.scratch->allocate("dd", DType::f32, {q.rows(), q.dim(1)}) : Tensor();
+  const Ways ways = plan_ways(ctx, q, k, cu_seqlens);
+  const int64_t row_heads = q.rows() * q.dim(1);
+  const Tensor factors =
+      ctx.scratch->allocate("linear attention rows", DType::f32, {row_heads, ways.may_use_tiles ? 4 : 1});
+  const Tensor g = ways.may_use_tiles && dout.dtype != q.dtype
+                       ? ctx.scratch->allocate("linear attention gradient", q.dtype, {q.rows(), q.cols()})
+                       : Tensor();
   if (ctx.rehearsal || q.numel() == 0) return;
-  SweepTask task = make_task(params, q, k, v, denominator, cu_seqlens, plan);
-  task.states = states;
+  const bool tiles =
+      ways.may_use_tiles && in_units({q, k, v, dout, dq, dk, dv}) && (!params.normalise || in_units({o}));
+  SweepTask task = make_task(params, q, k, v, denominator, cu_seqlens, tiles ? ways.tiles : ways.any);
+  task.states = ways.states;
   task.dout = rows_of(dout);
+  task.out = rows_of(dq);
   const cudaStream_t stream = stream_of(ctx);
-  for (const Tensor& x : {dq, dk, dv}) clear(task, x, stream);
-  if (params.normalise) {
-    task.dd = dd.as<float>();
-    const int64_t blocks = (q.rows() * q.dim(1) * 32 + kThreads - 1) / kThreads;
-    visit_device_dtype(q.dtype, [&](auto t) {
-      const auto run = [&](auto g) {
-        output_dots<decltype(t), decltype(g)>
-            <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(task, rows_of(o), dd.as<float>());
-      };
-      dout.dtype == DType::f32 ? run(float{}) : run(t);
-    });
-    check_launch("linear_attention_backward");
-  }
-  for (auto [sweep, gradient] : {std::pair{Sweep::dq, &dq}, {Sweep::dk, &dk}, {Sweep::dv, &dv}}) {
-    task.out = rows_of(*gradient);
-    any_sweep(sweep, q.dtype, dout.dtype, plan, task, stream);
+  clear(task, {dq, dk, dv}, stream);
+  const Rows k_out = rows_of(dk), v_out = rows_of(dv);
+  if (tiles) {
+    backward_in_tiles(q, dout, o, task, ways, g, factors, k_out, v_out, stream);
+  } else {
+    backward_of_any(q, dout, o, task, ways, factors, k_out, v_out, stream);
   }
 }
 

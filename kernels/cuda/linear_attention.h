@@ -41,4 +41,12 @@ SweepPlan any_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t
 void any_sweep(Sweep sweep, DType compute, DType output, const SweepPlan& plan, const SweepTask& task,
                cudaStream_t stream);
 
+// On the matrix units: fp16 and bf16, widths 64 and 128, rows of 16-byte units. factors (H, N) and sweep.dout
+// (g, of the compute type) as device/linear_tiles.cuh has them; dq goes to sweep.out.
+SweepPlan tile_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t width);
+void tile_forward(DType compute, DType output, const SweepPlan& plan, const SweepTask& sweep,
+                  cudaStream_t stream);
+void tile_backward(DType compute, const SweepPlan& plan, const SweepTask& sweep, const float4* factors,
+                   Rows dk, Rows dv, cudaStream_t stream);
+
 }  // namespace kernels::cuda

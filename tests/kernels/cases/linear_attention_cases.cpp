@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/ops/linear_attention.h"
 #include "tests/support/op_case.h"
 
@@ -51,6 +53,39 @@ OpCase attention_case(std::string name, LinearAttentionParams params, const Atte
   return op;
 }
 
+// Sizes that matrix units take. There phi(q), phi(k), the products P and the state S are rounded to the
+// compute type on their way into a product, at most three of them in a row; each moves the result by up to u
+// sum |w v|, and the weights w sum to one. Backward: the products do . v are one more.
+std::vector<OpCase> matrix_unit_cases(LinearAttentionParams params, const std::string& kind) {
+  std::vector<OpCase> cases = {
+      attention_case(kind + "_width_64_groups", params,
+                     {.heads = 2, .key_heads = 1, .width = 64, .cu_seqlens = {0, 1, 65, 300}, .padding = 8}),
+      attention_case(kind + "_width_128", params,
+                     {.heads = 2, .key_heads = 2, .width = 128, .cu_seqlens = {3, 130, 130, 290}}),
+      attention_case(kind + "_width_64_segments", params,
+                     {.heads = 1, .key_heads = 1, .width = 64, .cu_seqlens = {0, 100, 1290}}),
+      attention_case(kind + "_width_128_segments", params,
+                     {.heads = 2, .key_heads = 1, .width = 128, .cu_seqlens = {0, 1100}})};
+  for (OpCase& op : cases) {
+    op.forward_roundings = 4;
+    op.backward_roundings = std::max(op.backward_roundings, 5.0);
+    op.checked_elements = 2;
+    op.types = {kernels::DType::f16, kernels::DType::bf16};
+  }
+  return cases;
+}
+
+// The state exceeds fp16's largest number.
+OpCase large_state_case() {
+  OpCase op = attention_case("plain_large_state", {.normalise = false},
+                             {.heads = 1, .key_heads = 1, .width = 64, .cu_seqlens = {0, 1290}});
+  for (auto& input : op.inputs) input.gradient = Gradient::none;
+  op.inputs[2].offset = 100;
+  op.backward = {};
+  op.forward_roundings = 4;
+  return op;
+}
+
 }  // namespace
 
 std::vector<OpCase> linear_attention_cases() {
@@ -71,7 +106,9 @@ std::vector<OpCase> linear_attention_cases() {
                                    {.heads = 2, .key_heads = 1, .width = 2, .cu_seqlens = {0, 130}});
     if (normalise) chunks.backward_roundings *= 4;
     cases.push_back(std::move(chunks));
+    for (OpCase& op : matrix_unit_cases(params, kind)) cases.push_back(std::move(op));
   }
+  cases.push_back(large_state_case());
   // More rows than a grid dimension has blocks, and long enough to be cut into segments.
   OpCase many = attention_case("normalised_many_rows", {},
                                {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = {0, 3, 66000}});
