@@ -38,16 +38,10 @@ class TileSweep {
  public:
   __device__ TileSweep(const TileTask& task, TileShared<kD>& shared, const Segment& segment, int head,
                        int key_head)
-      : t(task),
-        m(shared),
-        segment(segment),
-        head(head),
-        key_head(key_head),
-        sources(kGrouped ? task.sweep.heads / task.sweep.key_heads : 1),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32) {}
+      : t(task), m(shared), segment(segment), head(head), key_head(key_head) {}
 
   __device__ void run() {
+    const int sources = kGrouped ? t.sweep.heads / t.sweep.key_heads : 1;
     const int chunks = (segment.last - segment.first + kChunk - 1) / kChunk, items = chunks * sources;
     load_state();
     fetch(0, chunks);
@@ -57,6 +51,7 @@ class TileSweep {
     }
     for (int item = 0; item < items; ++item) {
       const int stage = item & 1, row = row_of(item, chunks), source = kGrouped ? item % sources : 0;
+      const int y_before = p_exponent - s_exponent;
       choose_exponents(stage, row);
       wait_for_copies<0>();
       make_operands(stage, segment.last - row);
@@ -65,14 +60,12 @@ class TileSweep {
       if constexpr (!kStateOnly) scores(stage, row);
       if constexpr (kFactors) wait_for_copies<1>();
       if constexpr (kFactors || !kStateOnly) __syncthreads();
-      rescale_state();
       if constexpr (!kStateOnly) {
         if (!kGrouped || source == 0) {
           from_state(stage);
         } else {
-          scale_outputs(power_of_two(y_exponent - p_exponent + s_exponent));
+          scale_outputs(power_of_two(y_before - p_exponent + s_exponent));
         }
-        y_exponent = p_exponent - s_exponent;
         from_chunk(stage);
         if (!kGrouped || source == sources - 1) store(stage, row);
       }
@@ -93,14 +86,16 @@ class TileSweep {
   const TileTask& t;
   TileShared<kD>& m;
   const Segment segment;
-  const int head, key_head, sources, lane, warp;
-  float state[kRowTiles][kD / 8][4];  // in units of 2^-s_exponent
-  float y[4][kColumnTiles][4];        // of the chunk, in units of 2^y_exponent
+  const int head, key_head;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float state[kRowTiles][kD / 8][4];  // times 2^s_exponent, as b or c is
+  float y[4][kColumnTiles][4];        // of the chunk, times 2^(s_exponent - p_exponent)
   float column[2] = {0, 0};           // running sums of two columns over this lane's rows
-  int s_exponent = 0, p_exponent = 0, y_exponent = 0, state_unit = 0;
+  int s_exponent = 0, p_exponent = 0;
+  int parity = 0;  // which of the two sums holds what lies before this item
 
   __device__ int row_of(int item, int chunks) const {
-    const int chunk = kGrouped ? item / sources : item;
+    const int chunk = kGrouped ? item / (t.sweep.heads / t.sweep.key_heads) : item;
     return segment.first + (kUp ? chunk : chunks - 1 - chunk) * kChunk;
   }
   __device__ const T* from(const Rows& x, int row, int h) const {
@@ -121,7 +116,8 @@ class TileSweep {
   __device__ void fetch(int item, int chunks) const {
     const SweepTask& s = t.sweep;
     const int stage = item & 1, row = row_of(item, chunks);
-    const int query_head = kUp ? head : key_head * sources + (kGrouped ? item % sources : 0);
+    const int sources = kGrouped ? s.heads / s.key_heads : 1;
+    const int query_head = kUp ? head : key_head * sources + item % sources;
     if constexpr (kFactors) {
       const int r = threadIdx.x;
       const float4* at = t.factors + int64_t{query_head} * s.rows + row;
@@ -161,7 +157,7 @@ class TileSweep {
   }
   template <bool kScaled>
   __device__ static float feature(float x, float factor) {
-    const float y = x > 0 ? x + 1 : __expf(x);
+    const float y = x > 0 ? x + 1 : fast_exp(x);
     if constexpr (!kScaled) return y;
     return kHalf && y * factor > 65504.0f ? 65504.0f : y * factor;
   }
@@ -201,20 +197,18 @@ class TileSweep {
       const int position = row - segment.first + segment.index * t.sweep.segment_rows;
       const int place = normalise ? exponent(static_cast<float>(position + 1)) + 2 : 0;
       if constexpr (!kUp)
-        s_exponent = min(max(place - exponent(warp_reduce<Max>(fmaxf(low.w, high.w))), -100), 100);
+        rescale_state(min(max(place - exponent(warp_reduce<Max>(fmaxf(low.w, high.w))), -100), 100));
       if constexpr (kSweep == Sweep::dv)
         p_exponent = normalise ? max(place - 14, 0) : 4;
       else
         p_exponent = min(max(peak + 4, -100), 100);
     }
   }
-  __device__ void rescale_state() {
-    if constexpr (kHalf && !kUp) {
-      if (s_exponent == state_unit) return;
-      const float scale = power_of_two(s_exponent - state_unit);
-      state_unit = s_exponent;
-      for_each_pair([&](int, int, float& low, float& high) { low *= scale, high *= scale; });
-    }
+  __device__ void rescale_state(int e) {
+    if (e == s_exponent) return;
+    const float scale = power_of_two(e - s_exponent);
+    s_exponent = e;
+    for_each_pair([&](int, int, float& low, float& high) { low *= scale, high *= scale; });
   }
   __device__ void scale_outputs(float scale) {
     if constexpr (kHalf) {
@@ -390,16 +384,16 @@ class TileSweep {
     if (inside) raw = *reinterpret_cast<const uint2*>(from(x, row, h) + at);
     exchange(raw.x, raw.y);
     const float2 low = unpack<T>(raw.x), high = unpack<T>(raw.y);
-    v[0] *= low.x > 0 ? 1 : __expf(low.x);
-    v[1] *= low.y > 0 ? 1 : __expf(low.y);
-    v[2] *= high.x > 0 ? 1 : __expf(high.x);
-    v[3] *= high.y > 0 ? 1 : __expf(high.y);
+    v[0] *= low.x > 0 ? 1 : fast_exp(low.x);
+    v[1] *= low.y > 0 ? 1 : fast_exp(low.y);
+    v[2] *= high.x > 0 ? 1 : fast_exp(high.x);
+    v[3] *= high.y > 0 ? 1 : fast_exp(high.y);
   }
   __device__ void store(int stage, int row) const {
     const SweepTask& s = t.sweep;
     const Rows& out = kSweep == Sweep::dv ? t.dv : s.out;
     const int out_head = kUp ? head : key_head;
-    const float unit = kHalf ? power_of_two(y_exponent) : 1;
+    const float unit = kHalf ? power_of_two(p_exponent - s_exponent) : 1;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -522,15 +516,13 @@ class TileSweep {
   }
   __device__ void store_state() {
     float* to = state_of(segment.index);
-    const float unit = kHalf ? power_of_two(-state_unit) : 1;
+    const float unit = kHalf ? power_of_two(-s_exponent) : 1;
     for_each_pair([&](int n, int k, float& low, float& high) {
       *reinterpret_cast<float2*>(to + n * kD + k) = {low * unit, high * unit};
     });
     const float2 total = total_columns();
     if (lane < kPairs) *reinterpret_cast<float2*>(to + kD * kD + 2 * (warp * kPairs + lane)) = total;
   }
-
-  int parity = 0;  // which of the two sums holds what lies before this item
 };
 
 }  // namespace kernels::cuda
