@@ -44,7 +44,7 @@ def finish(summary, problems):
 
 
 def text(out, *roots):
-    """Packages whose name's checksum is a multiple of 40 are held out whole. joined/ is the text of train/ in files of
+    """Packages whose name's checksum is a multiple of 16 are held out whole. joined/ is the text of train/ in files of
     a megabyte, so that nearly every sample is as long as the context."""
     out = pathlib.Path(out)
     shutil.rmtree(out, ignore_errors=True)
@@ -56,7 +56,7 @@ def text(out, *roots):
             package = source.relative_to(root).parts[0]
             if source.is_symlink() or package in ("site-packages", "dist-packages") or not 200 <= source.stat().st_size <= 1 << 20:
                 continue
-            split = "train" if zlib.crc32(package.encode()) % 40 else "held_out"
+            split = "train" if zlib.crc32(package.encode()) % 16 else "held_out"
             content = source.read_bytes()
             target = out / split / root.name / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
