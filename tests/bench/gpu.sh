@@ -149,11 +149,11 @@ part_attention() {
 
 part_linear() {
   peer "$(fresh linear)" linear_op --shapes 4x8192x16x128,16x1024x12x64,1x32768x16x128
-  bench linear '*linear_attention*bench' "${FILTER:-.}"
+  bench linear gpu_linear_attention_bench "${FILTER:-.}"
 }
 
 part_elementwise() {
-  bench elementwise '*elementwise*bench' "${FILTER:-.}"
+  bench elementwise '*elementwise_bench' "${FILTER:-.}"
 }
 
 part_train_124m() {

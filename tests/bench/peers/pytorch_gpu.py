@@ -256,7 +256,7 @@ def linear_op(args):
     from fla.ops.linear_attn import chunk_linear_attn
 
     phi = lambda x: F.elu(x) + 1
-    name = f"chunk_linear_attn, elu + 1, normalised, flash-linear-attention {fla.__version__}"
+    name = f"flash-linear-attention {fla.__version__}, chunk_linear_attn"
     for shape in shapes_of(args):
         q, k, v = random_inputs(shape, 0.1)
         operation("linear_op", name, shape, lambda: chunk_linear_attn(phi(q), phi(k), v, normalize=True)[0], (q, k, v))
