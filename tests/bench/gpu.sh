@@ -201,7 +201,7 @@ part_losses() {
   local count=${LOSS_STEPS:-50} batch=${LOSS_BATCH:-$(sized 32 8)} compute out folder=$work/losses set vocabulary
   prepare
   mkdir -p "$folder"
-  vocabulary=$("$python" -c 'import json, sys; print(json.load(sys.stdin)["vocabulary"])' <"$work/joined/dataset.json")
+  vocabulary=$("$python" -c 'import json, sys; print(json.load(sys.stdin)["tokenizer"]["vocabulary"])' <"$work/joined/dataset.json")
   set=(data.path="$work/joined" train.steps="$count" train.batch="$batch" train.micro_batch="$batch" optim.warmup=10
     optim.schedule=constant train.validate_every=0 checkpoint.every=0)
   peer /dev/null weights --vocabulary "$vocabulary" --weights "$folder/weights.safetensors"
