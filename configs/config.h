@@ -193,7 +193,8 @@ struct DecodeConfig {
     v(tree_nodes, "tree_nodes", Range{1, 63}, "draft nodes of a tree, the root apart");
     v(no_repeat, "no_repeat", Range{-1, 1000},
       "greedy decoding writes no run of this many tokens twice, which keeps small models out of loops; 0 "
-      "allows it; -1: as long as greedy text repeats itself no more than held-out text does (evaluate), 6 "
+      "allows it; -1: the length with which greedy text repeats itself as much as held-out text (evaluate), "
+      "6 "
       "(generate)");
     v(typical_epsilon, "typical_epsilon", Range{0, 1}, "typical acceptance: hard threshold");
     v(typical_delta, "typical_delta", Range{0, 1}, "typical acceptance: factor of exp(-entropy)");

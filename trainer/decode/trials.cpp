@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <set>
 
 #include "trainer/decode/drafters/medusa.h"
@@ -195,14 +197,18 @@ double distinct_4(const std::vector<DecodedSequence>& texts) {
 
 int64_t choose_no_repeat(Decoder& decoder, const std::vector<std::vector<int32_t>>& prompts,
                          DecodeSettings settings, double target) {
-  for (const int64_t length : {0, 32, 24, 16, 12, 8, 6}) {
+  int64_t best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (const int64_t length : {0, 32, 24, 16, 12, 8, 6, 5, 4}) {
     settings.no_repeat = length;
     std::vector<DecodedSequence> texts;
     for (const std::vector<int32_t>& prompt : prompts)
       texts.push_back(std::move(decoder.run({&prompt, 1}, settings).sequences[0]));
-    if (distinct_4(texts) >= target) return length;
+    const double distance = std::abs(distinct_4(texts) - target);
+    if (distance < least) best = length;
+    least = std::min(least, distance);
   }
-  return 4;  // with which every four tokens are new
+  return best;
 }
 
 }  // namespace trainer

@@ -39,9 +39,8 @@ struct Prompt {
 // `continuation` tokens more, or else over those that are long enough; fewer where there are fewer.
 std::vector<Prompt> choose_prompts(const data::TokenDataset& dataset, int64_t count, int64_t tokens,
                                    int64_t continuation);
-// The guard against loops that decode.no_repeat = -1 stands for: the longest of a few lengths with which
-// plain greedy text after these prompts repeats itself no more than real text does (distinct-4 at least
-// `target`).
+// The guard against loops that decode.no_repeat = -1 stands for: of a few lengths the one with which plain
+// greedy text after these prompts repeats itself as much as real text does (distinct-4 nearest to `target`).
 int64_t choose_no_repeat(Decoder& decoder, const std::vector<std::vector<int32_t>>& prompts,
                          DecodeSettings settings, double target);
 // Trials in order of the configuration: plain decoding for every temperature first (greedy always), then
