@@ -60,9 +60,11 @@ Problem problem_of(const Context& ctx, const AttentionCall& c) {
 }
 
 // What no plan has to be tried for: other types and head sizes, single rows, rows that 16-byte loads do not
-// reach, more heads of sequences than a grid takes.
+// reach, more heads of sequences than a grid takes. cuDNN 9.14 accepts a backward over wider heads than 128
+// and leaves dk and dv unwritten behind the first 128 columns.
 bool eligible(const AttentionCall& c) {
   if ((c.q.dtype != DType::f16 && c.q.dtype != DType::bf16) || c.width() % 8 != 0) return false;
+  if (c.width() > 128) return false;
   if (c.rows() == 0 || c.sequences() == 0 || c.longest() < 2) return false;
   if (c.sequences() * c.heads() > 65535) return false;
   for (const Tensor* x : tensors_of(c)) {
