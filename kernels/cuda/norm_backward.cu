@@ -63,6 +63,8 @@ __device__ __forceinline__ void write_share(const float (&sums)[S::kVectors][N],
 }
 
 // dx = r (h - mean(h) - xhat mean(h xhat)) with h = dy g and xhat = (x - m) r; mean(h) is 0 for rms.
+// h is rounded before it is used: contracted with the subtraction of its mean it would not vanish where it
+// must.
 template <class S, typename X, typename Y, typename DX>
 __global__ void __launch_bounds__(S::kThreads, S::kVectors > 3 ? 1 : 512 / S::kThreads)
     backward_kernel(const Backward b) {
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kVectors > 3 ? 1 : 512 / S::kT
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float d = to_float(dy[k].at[j]), xhat = (to_float(x[k].at[j]) - at.mean) * at.r;
-        const float h = d * to_float(g.at[j]);
+        const float h = __fmul_rn(d, to_float(g.at[j]));
         sum += h;
         dot = fmaf(h, xhat, dot);
         dgain[k][j] = fmaf(d, xhat, dgain[k][j]);
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kVectors > 3 ? 1 : 512 / S::kT
       if (b.accumulate) before = load_vector<DX, N>(at.dx + c);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float h = to_float(dy[k].at[j]) * to_float(g.at[j]);
+        const float h = __fmul_rn(to_float(dy[k].at[j]), to_float(g.at[j]));
         const float v = at.r * (h - mean - (to_float(x[k].at[j]) - at.mean) * at.r * slope);
         dx.at[j] = from_float<DX>(b.accumulate ? to_float(before.at[j]) + v : v);
       }
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kAnyThreads) backward_any_kernel(const Backwar
   const Y* gain = static_cast<const Y*>(b.gain) + int64_t{group} * b.columns;
   float sum = 0, dot = 0;
   for (int c = threadIdx.x; c < b.columns; c += kAnyThreads) {
-    const float h = to_float(at.dy[c]) * to_float(gain[c]);
+    const float h = __fmul_rn(to_float(at.dy[c]), to_float(gain[c]));
     sum += h;
     dot = fmaf(h, (to_float(at.x[c]) - at.mean) * at.r, dot);
   }
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kAnyThreads) backward_any_kernel(const Backwar
   const float slope = block_reduce<Sum>(dot, shared, 0.0f) / n;
   const float mean = b.layer ? block_reduce<Sum>(sum, shared, 0.0f) / n : 0.0f;
   for (int c = threadIdx.x; c < b.columns; c += kAnyThreads) {
-    const float h = to_float(at.dy[c]) * to_float(gain[c]);
+    const float h = __fmul_rn(to_float(at.dy[c]), to_float(gain[c]));
     const float v = at.r * (h - mean - (to_float(at.x[c]) - at.mean) * at.r * slope);
     at.dx[c] = from_float<DX>(b.accumulate ? to_float(at.dx[c]) + v : v);
   }
