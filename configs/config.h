@@ -26,7 +26,7 @@ struct ModelConfig {
   int64_t layers = 4, width = 256, heads = 4, kv_heads = 4, ffn_width = 704, context = 256;
   std::string norm = "rms", position = "rope", mlp = "swiglu", attention = "softmax";
   double norm_eps = 1e-5, rope_theta = 10000;
-  bool tie_embeddings = true;
+  bool tie_embeddings = true, bias = false;
   template <typename Visitor>
   void options(Visitor&& v) {
     v(layers, "layers", Range{1, 512}, "transformer blocks");
@@ -43,6 +43,7 @@ struct ModelConfig {
     v(attention, "attention", Choices{},
       "attention kind per layer, a comma-separated pattern repeated over the layers");
     v(tie_embeddings, "tie_embeddings", "use the token embedding as the unembedding too");
+    v(bias, "bias", "biases in the linear layers of attention and feed-forward, as GPT-2");
   }
 };
 
@@ -126,17 +127,20 @@ struct TrainConfig {
   int64_t steps = 1000, batch = 32, micro_batch = 8, seed = 1, threads = 0, validate_every = 0,
           validate_batches = 8;
   std::string device = "auto", init_from, trainable = "all";
+  bool graph = true;
   template <typename Visitor>
   void options(Visitor&& v) {
     v(steps, "steps", Range{1, 1e12}, "steps to train, skipped ones included");
     v(batch, "batch", Range{1, 1e7}, "sequences in a step, over all ranks");
     v(micro_batch, "micro_batch", Range{1, 1e6}, "sequences a rank computes at once");
     v(seed, "seed", Range{0, 9e15}, "seed of initial weights and data order");
-    v(device, "device", Choices{"auto", "cpu", "cuda"}, "where to compute");
+    v(device, "device", Choices{"auto", "cpu", "cuda"},
+      "where to compute; auto: on GPUs where every rank of a host can have one");
+    v(graph, "graph", "on a GPU, replay each step as a CUDA graph");
     v(threads, "threads", Range{0, 4096},
       "CPU threads of a rank; 0 shares the cores among the ranks of a host");
     v(init_from, "init_from", Choices{},
-      "checkpoint to take weights from (fine-tuning); missing heads start fresh");
+      "checkpoint or .safetensors file to take weights from (fine-tuning); missing heads start fresh");
     v(trainable, "trainable", Choices{"all", "heads"}, "heads: the trunk stays frozen (Medusa-1)");
     v(validate_every, "validate_every", Range{0, 1e12}, "steps between validation losses; 0 never");
     v(validate_batches, "validate_batches", Range{1, 1e9}, "micro-batches in a validation during training");

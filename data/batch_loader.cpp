@@ -62,6 +62,24 @@ void pad(Batch& batch, int64_t total, int64_t context) {
 
 }  // namespace
 
+std::vector<int64_t> row_buckets(const LoaderParams& params) {
+  const int64_t largest = ceil_to(params.micro_batch * params.context, kRowMultiple);
+  std::vector<int64_t> buckets;
+  for (int64_t b = 1; b <= kRowBuckets; ++b) {
+    const int64_t rows =
+        std::min(ceil_to((largest * b + kRowBuckets - 1) / kRowBuckets, kRowMultiple), largest);
+    if (buckets.empty() || rows > buckets.back()) buckets.push_back(rows);
+  }
+  return buckets;
+}
+
+int64_t max_sequences(const LoaderParams& params) {
+  const std::vector<int64_t> buckets = row_buckets(params);
+  int64_t padding = buckets.front();
+  for (size_t i = 1; i < buckets.size(); ++i) padding = std::max(padding, buckets[i] - buckets[i - 1]);
+  return params.micro_batch + (padding + params.context - 1) / params.context;
+}
+
 BatchLoader::BatchLoader(const TokenDataset& dataset, const LoaderParams& params)
     : dataset_(dataset), params_(params) {
   if (params.batch < 1 || params.micro_batch < 1 || params.context < 1 || params.offsets < 1)
@@ -129,17 +147,6 @@ std::vector<std::vector<int64_t>> BatchLoader::all_micro_batches() const {
   std::vector<int64_t> samples(dataset_.samples());
   std::iota(samples.begin(), samples.end(), int64_t{0});
   return group(samples);
-}
-
-std::vector<int64_t> BatchLoader::row_buckets() const {
-  const int64_t largest = ceil_to(params_.micro_batch * params_.context, kRowMultiple);
-  std::vector<int64_t> buckets;
-  for (int64_t b = 1; b <= kRowBuckets; ++b) {
-    const int64_t rows =
-        std::min(ceil_to((largest * b + kRowBuckets - 1) / kRowBuckets, kRowMultiple), largest);
-    if (buckets.empty() || rows > buckets.back()) buckets.push_back(rows);
-  }
-  return buckets;
 }
 
 }  // namespace data

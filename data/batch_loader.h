@@ -31,6 +31,11 @@ struct LoaderParams {
   int64_t offsets = 1;      // K: 1 + the furthest head's extra offset
 };
 
+// The finite set of row counts a micro-batch can have, ascending; the last is the largest.
+std::vector<int64_t> row_buckets(const LoaderParams& params);
+// The most sequences a micro-batch can have, those that pad it included.
+int64_t max_sequences(const LoaderParams& params);
+
 // The samples of one step, grouped into micro-batches by length (counting sort into length buckets),
 // identical on every rank. Rank r of W computes micro_batches [r M / W, (r + 1) M / W); short and long ones
 // alternate, so that these parts are about equal work.
@@ -48,8 +53,8 @@ class BatchLoader {
   Batch load(std::span<const int64_t> samples) const;
   // Every sample once, sorted by length bucket and then in storage order: for validation.
   std::vector<std::vector<int64_t>> all_micro_batches() const;
-  // The finite set of row counts a micro-batch can have, ascending; the last is the largest.
-  std::vector<int64_t> row_buckets() const;
+  std::vector<int64_t> row_buckets() const { return data::row_buckets(params_); }
+  const LoaderParams& params() const { return params_; }
 
  private:
   std::vector<std::vector<int64_t>> group(const std::vector<int64_t>& samples) const;

@@ -111,23 +111,43 @@ int choose_threads(const comm::Session& session, bool speaks, int64_t wanted) {
   return threads;
 }
 
+// Whether this rank has a GPU; with "auto", whether all have. ConfigError when one is demanded in vain.
+bool choose_gpu(comm::Session& session, bool speaks, const std::string& device) {
+  if (device == "cpu") return false;
+  const std::string problem = kernels::cuda_problem();
+  const int count = problem.empty() ? kernels::cuda_device_count() : 0, ranks = session.local_size();
+  if (device == "auto") {
+    const bool lacking = session.world().all_reduce(int64_t{count < ranks}, comm::Reduce::max) != 0;
+    if (lacking && count > 0 && speaks)
+      fmt::print(
+          stderr,
+          "warning: {} ranks on this host and {} GPU{}, so all compute on CPU cores; start as many ranks "
+          "as GPUs\n",
+          ranks, count, count == 1 ? "" : "s");
+    return !lacking;
+  }
+  if (!problem.empty())
+    throw kernels::ConfigError(
+        fmt::format("train.device = cuda, but {}; or use train.device = cpu", problem));
+  if (count < ranks)
+    throw kernels::ConfigError(fmt::format(
+        "train.device = cuda, but this host has {} ranks and {} GPU{}; start at most {} rank{} on it", ranks,
+        count, count == 1 ? "" : "s", count, count == 1 ? "" : "s"));
+  return true;
+}
+
 }  // namespace
 
-kernels::Context place(const comm::Session& session, bool speaks, const std::string& device,
-                       int64_t threads) {
-  if (device == "cuda") {
-    if (!kernels::kCudaEnabled)
-      throw kernels::ConfigError(
-          "train.device = cuda, but this build has no CUDA; build with nvcc on the PATH or use train.device "
-          "= cpu");
-    if (kernels::cuda_device_count() == 0)
-      throw kernels::ConfigError(
-          "train.device = cuda, but no GPU is usable here; see nvidia-smi, or use train.device = cpu");
-    throw kernels::ConfigError(
-        "train.device = cuda, but this version computes on CPU cores only; use train.device = cpu");
+Placement place(comm::Session& session, bool speaks, const std::string& device, int64_t threads) {
+  Placement placement;
+  if (choose_gpu(session, speaks, device)) {
+    placement.ctx.device = {kernels::Device::Kind::cuda, session.local_rank()};
+    kernels::use_device(placement.ctx.device);
   }
   kernels::set_threads(choose_threads(session, speaks, threads));
-  return kernels::Context{};
+  placement.stream = std::make_unique<kernels::OwnedStream>(placement.ctx.device);
+  placement.ctx.stream = placement.stream->get();
+  return placement;
 }
 
 }  // namespace launch

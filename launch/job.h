@@ -2,12 +2,14 @@
 // The job as main sees it: its ranks, where they compute, and how it ends when something fails.
 #include <chrono>
 #include <exception>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "comm/communicator.h"
 #include "configs/config.h"
 #include "kernels/core/context.h"
+#include "kernels/core/stream.h"
 
 namespace launch {
 
@@ -46,8 +48,15 @@ class Job {
   std::optional<comm::Session> session_;
 };
 
-// Chooses device and threads of this rank; warns (rank 0) where the threads of a host exceed its cores.
-// `device` is train.device, `threads` train.threads.
-kernels::Context place(const comm::Session& session, bool speaks, const std::string& device, int64_t threads);
+// Where a rank computes: the context's stream lives as long as this.
+struct Placement {
+  std::unique_ptr<kernels::OwnedStream> stream;
+  kernels::Context ctx;
+};
+// Chooses device and threads of this rank, together with the others; warns (rank 0) where the threads of a
+// host exceed its cores. `device` is train.device: local rank r gets GPU r; auto takes GPUs where every rank
+// of every host can have one. ConfigError when cuda is asked for and cannot be had. `threads` is
+// train.threads.
+Placement place(comm::Session& session, bool speaks, const std::string& device, int64_t threads);
 
 }  // namespace launch

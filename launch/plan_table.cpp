@@ -32,13 +32,13 @@ void print_rows(const trainer::Plan& plan) {
 
 }  // namespace
 
-void print_plan(const configs::Config& config, int64_t vocabulary, int ranks) {
-  const trainer::Plan plan = trainer::plan(config, choose_vocabulary(config, vocabulary), ranks);
+void print_plan(const configs::Config& config, int64_t vocabulary, int ranks, const kernels::Context& ctx) {
+  const trainer::Plan plan = trainer::plan(config, choose_vocabulary(config, vocabulary), ranks, ctx);
   fmt::print("{:<12} {:<36} {:>12}\n", "memory", "of one rank", "bytes");
   print_rows(plan);
-  fmt::print("{:<12} {:<36} {:>12}   of {} in this machine\n\n", "total", "",
+  fmt::print("{:<12} {:<36} {:>12}   of {} ({})\n\n", "total", "",
              bytes_text(static_cast<double>(plan.total_bytes)),
-             bytes_text(static_cast<double>(plan.machine_bytes)));
+             bytes_text(static_cast<double>(plan.free_bytes)), plan.device);
   fmt::print("parameters              {}\n", count_text(plan.parameters));
   fmt::print("ranks                   {}, each {} micro-batches of {} sequences in a step\n", ranks,
              plan.micro_batches_per_rank, config.train.micro_batch);
@@ -47,8 +47,7 @@ void print_plan(const configs::Config& config, int64_t vocabulary, int ranks) {
   fmt::print("estimated               {:.0f} ms a step, {} for {} steps\n", 1e3 * plan.seconds_per_step,
              time_text(plan.seconds_per_step * static_cast<double>(config.train.steps)),
              count_text(config.train.steps));
-  if (plan.total_bytes > plan.machine_bytes)
-    fmt::print("This does not fit: lower train.micro_batch, model.context or model.width.\n");
+  if (!plan.problem.empty()) fmt::print("This does not fit: {}\n", plan.problem);
 }
 
 }  // namespace launch

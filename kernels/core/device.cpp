@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,23 @@ namespace kernels {
 int cuda_device_count() {
   if constexpr (kCudaEnabled) return cuda::device_count();
   return 0;
+}
+
+std::string cuda_problem() {
+  if constexpr (kCudaEnabled) return cuda::problem();
+  return "this build has no CUDA; build with nvcc on the PATH";
+}
+
+DeviceMemory memory_of(Device device) {
+  if constexpr (kCudaEnabled)
+    if (device.is_cuda()) {
+      DeviceMemory memory;
+      cuda::read_memory(device.index, memory.free, memory.total);
+      return memory;
+    }
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return {static_cast<size_t>(sysconf(_SC_AVPHYS_PAGES)) * page,
+          static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * page};
 }
 
 std::string describe(Device device) {

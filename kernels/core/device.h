@@ -22,9 +22,16 @@ struct Stream {
 
 // Number of usable CUDA devices; 0 in a build without CUDA or on a machine without a driver. Never throws.
 int cuda_device_count();
+// Why no CUDA device can be used here, and what to do about it; empty where one can.
+std::string cuda_problem();
 // "cpu: <model name>, N threads" or "cuda:0: NVIDIA H200".
 std::string describe(Device device);
 
+struct DeviceMemory {
+  size_t free = 0, total = 0;
+};
+// Of a GPU, or of this machine's main memory.
+DeviceMemory memory_of(Device device);
 // 64-byte aligned (CPU) or device memory; DeviceError when there is not enough.
 void* allocate_bytes(Device device, size_t bytes);
 void free_bytes(Device device, void* data) noexcept;

@@ -31,6 +31,33 @@ int device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+std::string problem() {
+  constexpr int kOldest = 8;  // compute capability that the kernels are compiled for
+  int count = 0, driver = 0, runtime = 0, major = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver == 0) return "no NVIDIA driver is installed";
+  if (status == cudaErrorInsufficientDriver)
+    return fmt::format("its driver is for CUDA {}.{} and this build needs {}.{}; update the NVIDIA driver",
+                       driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0))
+    return "no GPU is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES";
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  for (int i = 0; i < count; ++i) {
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i), "reading a GPU's properties");
+    if (major < kOldest)
+      return fmt::format("cuda:{} is a {} of compute capability {}, at least {}.0 is needed", i,
+                         device_name(i), major, kOldest);
+  }
+  return {};
+}
+
+void read_memory(int index, size_t& free, size_t& total) {
+  use_device(index);
+  check(cudaMemGetInfo(&free, &total), "reading a GPU's memory");
+}
+
 std::string device_name(int index) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, index), "reading a GPU's properties");

@@ -7,6 +7,8 @@
 namespace kernels::cuda {
 
 int device_count();
+std::string problem();
+void read_memory(int index, size_t& free, size_t& total);
 std::string device_name(int index);
 void use_device(int index);
 void* allocate_bytes(int index, size_t bytes);

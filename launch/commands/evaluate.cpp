@@ -33,7 +33,8 @@ int evaluate_command(const Arguments& arguments, Job& job) {
   Stopwatch watch;
   trainer::LoadedModel loaded =
       trainer::load_model(ctx, value<std::string>(*values, "RUN"), list(*values, "set"));
-  ctx = place(session, true, loaded.config.train.device, loaded.config.train.threads);
+  // Decoding computes on CPU cores.
+  ctx = place(session, true, "cpu", loaded.config.train.threads).ctx;
   const std::filesystem::path run = run_of(loaded.checkpoint);
   const std::filesystem::path output(values->count("output") ? value<std::string>(*values, "output")
                                                              : run.string());

@@ -87,7 +87,8 @@ int generate_command(const Arguments& arguments, Job& job) {
   kernels::Context ctx;
   trainer::LoadedModel loaded =
       trainer::load_model(ctx, value<std::string>(*values, "RUN"), list(*values, "set"));
-  ctx = place(session, true, loaded.config.train.device, loaded.config.train.threads);
+  // Decoding computes on CPU cores.
+  ctx = place(session, true, "cpu", loaded.config.train.threads).ctx;
   const bool colour = on_terminal();
   fmt::print("{}", options.prompt);
   std::fflush(stdout);

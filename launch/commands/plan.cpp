@@ -34,8 +34,9 @@ int plan_command(const Arguments& arguments, Job& job) {
       configs::load_config(value<std::string>(*values, "CONFIG"), list(*values, "set"));
   comm::Session& session = job.join_alone("plan");
   const int64_t shared = std::max(1, kernels::available_cores() / ranks);
-  place(session, false, config.train.device, config.train.threads > 0 ? config.train.threads : shared);
-  print_plan(config, vocabulary, ranks);
+  const Placement placement =
+      place(session, false, config.train.device, config.train.threads > 0 ? config.train.threads : shared);
+  print_plan(config, vocabulary, ranks, placement.ctx);
   return 0;
 }
 

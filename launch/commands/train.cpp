@@ -83,7 +83,8 @@ trainer::TrainResult train(const configs::Config& config, comm::Communicator& wo
   options.progress_bar = on_terminal();
   options.resume = resume;
   options.stop_requested = [&] { return status.stop_requested(); };
-  options.on_checkpoint = [&](const fs::path& checkpoint) { append_sample(config, ctx, checkpoint); };
+  // Text is generated on CPU cores.
+  options.on_checkpoint = [&](const fs::path& checkpoint) { append_sample(config, {}, checkpoint); };
   try {
     const trainer::TrainResult result = trainer::train(config, world, ctx, options);
     status.ended(result);
@@ -121,15 +122,16 @@ int train_command(const Arguments& arguments, Job& job) {
   comm::Session& session = job.join(std::chrono::seconds(config.comm.deadline_seconds), problem);
   comm::Communicator& world = session.world();
   const bool speaks = world.rank() == 0;
-  const kernels::Context ctx = place(session, speaks, config.train.device, config.train.threads);
+  const Placement placement = place(session, speaks, config.train.device, config.train.threads);
   if (values->count("dry-run")) {
-    if (speaks) print_plan(config, 0, world.size());
+    if (speaks) print_plan(config, 0, world.size(), placement.ctx);
     world.barrier();
     return 0;
   }
   watch_stop_signals();
   Stopwatch watch;
-  const trainer::TrainResult result = train(config, world, ctx, value<std::string>(*values, "resume"));
+  const trainer::TrainResult result =
+      train(config, world, placement.ctx, value<std::string>(*values, "resume"));
   if (speaks) print_end(config, result, watch.seconds());
   return result.reason == trainer::StopReason::finished ? 0 : kExitStopped;
 }

@@ -1,61 +1,67 @@
-// One optimizer step of the quickstart model on one rank: forward, every head, backward, AdamW. The peer is
-// peers/pytorch_train.py with the same shapes and threads.
+// Optimizer steps of one rank, on random tokens: forward, every head, backward, AdamW. On the CPU the
+// quickstart model, whose peer is peers/pytorch_train.py with the same shapes and threads; on a GPU the large
+// presets.
 #include <benchmark/benchmark.h>
 
-#include <fstream>
-
-#include "data/prepare.h"
 #include "kernels/core/parallel.h"
-#include "tests/support/tiny_run.h"
-#include "trainer/optim/settings.h"
-#include "trainer/train/step.h"
+#include "kernels/core/stream.h"
+#include "tests/support/step_run.h"
+#include "tests/support/temporary_folder.h"
 
 namespace {
 
-constexpr int64_t kVocabulary = 2048;
-
-configs::Config quickstart_shapes(const std::filesystem::path& folder, const std::string& compute) {
+configs::Config preset(const std::string& name, const std::filesystem::path& folder) {
   configs::Config c =
-      configs::load_config(std::string(FORETELL_SOURCE) + "/configs/presets/quickstart.cfg", {});
-  c.train.batch = c.train.micro_batch = 8;  // one micro-batch a step, as the peer
-  c.precision.compute = compute;
+      configs::load_config(std::string(FORETELL_SOURCE) + "/configs/presets/" + name + ".cfg", {});
   c.data.path = (folder / "data").string();
   return c;
 }
 
-// Documents long enough that every sample fills the context.
-void prepare_long_documents(const std::filesystem::path& folder) {
-  std::filesystem::create_directories(folder / "text");
-  for (int d = 0; d < 40; ++d) {
-    std::ofstream out(folder / "text" / (std::to_string(d) + ".txt"));
-    for (int w = 0; w < 4000; ++w) out << (d * 7919 + w * 104729) % 1000 << (w % 12 ? ' ' : '\n');
-  }
-  data::PrepareParams params;
-  params.inputs = {(folder / "text").string()};
-  params.output = folder / "data";
-  params.tokenizer = "bytes";
-  data::prepare(params, [](const std::string&, double) {});
+void count(benchmark::State& state, double tokens) {
+  state.counters["tokens_per_second"] = benchmark::Counter(tokens, benchmark::Counter::kIsRate);
 }
 
 void training_step(benchmark::State& state, const std::string& compute) {
-  support::TemporaryFolder folder;
-  prepare_long_documents(folder.path());
+  constexpr int64_t kVocabulary = 2048;
+  const support::TemporaryFolder folder;
+  configs::Config config = preset("quickstart", folder.path());
+  config.train.batch = config.train.micro_batch = 8;  // one micro-batch a step, as the peer
+  config.precision.compute = compute;
+  support::write_random_tokens(config.data.path, kVocabulary, 40, 16 * config.model.context + 1);
   kernels::set_threads(static_cast<int>(state.range(0)));
-  const configs::Config config = quickstart_shapes(folder.path(), compute);
-  const data::TokenDataset dataset(config.data.path, "train", config.model.context);
-  trainer::Model model(config, kVocabulary);
-  const data::BatchLoader loader(
-      dataset, {1, config.train.batch, config.train.micro_batch, config.model.context, model.offsets()});
-  const auto ranks = comm::make_local_communicator();
-  const kernels::Context ctx;
-  model.parameters().allocate(ctx.device, trainer::compute_dtype(config), true);
-  model.parameters().initialize(ctx, 1);
-  trainer::Stepper stepper(config, model, loader, *ranks, ctx);
-  model.parameters().refresh_weights(ctx);
-  stepper.run(false);
+  support::StepRun run(config, kVocabulary, {});
+  run.steps(1);
   double tokens = 0;
-  for (auto _ : state) tokens += stepper.run(false).tokens;
-  state.counters["tokens_per_second"] = benchmark::Counter(tokens, benchmark::Counter::kIsRate);
+  for (auto _ : state) tokens += run.steps(1).front().tokens;
+  count(state, tokens);
+}
+
+// Arguments: sequences in a step, tokens in a sequence. One iteration is several steps and waits for the
+// last: inside, the device never waits.
+void gpu_step(benchmark::State& state, const std::string& name, const std::string& compute) {
+  if (kernels::cuda_device_count() == 0) return state.SkipWithError(kernels::cuda_problem().c_str());
+  constexpr int64_t kVocabulary = 50304;
+  constexpr int kSteps = 10;
+  const support::TemporaryFolder folder;
+  configs::Config config = preset(name, folder.path());
+  config.train.batch = config.train.micro_batch = state.range(0);
+  config.model.context = state.range(1);
+  config.precision.compute = compute;
+  support::write_random_tokens(config.data.path, kVocabulary, 64, 4 * config.model.context + 1);
+  const kernels::Device gpu{kernels::Device::Kind::cuda, 0};
+  const kernels::OwnedStream stream(gpu);
+  state.SetLabel(kernels::describe(gpu));
+  support::StepRun run(config, kVocabulary, {gpu, stream.get(), nullptr, false});
+  run.steps(4);
+  double tokens = 0;
+  for (auto _ : state)
+    for (const auto& metrics : run.steps(kSteps)) tokens += metrics.tokens;
+  count(state, tokens);
+  state.counters["ms_per_step"] =
+      benchmark::Counter(static_cast<double>(state.iterations()) * kSteps / 1e3,
+                         benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
+  const kernels::DeviceMemory memory = kernels::memory_of(gpu);
+  state.counters["memory_gib"] = static_cast<double>(memory.total - memory.free) / (1 << 30);
 }
 
 BENCHMARK_CAPTURE(training_step, fp16, "fp16")
@@ -67,6 +73,26 @@ BENCHMARK_CAPTURE(training_step, fp16, "fp16")
 BENCHMARK_CAPTURE(training_step, fp32, "fp32")
     ->Arg(1)
     ->Arg(2)
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime()
+    ->MinTime(5);
+BENCHMARK_CAPTURE(gpu_step, gpt2_124m, "gpt2_124m", "fp16")
+    ->Args({32, 1024})
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime()
+    ->MinTime(5);
+BENCHMARK_CAPTURE(gpu_step, gpt2_124m_bf16, "gpt2_124m", "bf16")
+    ->Args({32, 1024})
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime()
+    ->MinTime(5);
+BENCHMARK_CAPTURE(gpu_step, gpt2_1558m, "gpt2_1558m", "fp16")
+    ->Args({16, 1024})
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime()
+    ->MinTime(5);
+BENCHMARK_CAPTURE(gpu_step, linear_124m, "linear_124m", "fp16")
+    ->Args({4, 8192})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime()
     ->MinTime(5);

@@ -5,6 +5,7 @@
 
 #include "checkpoints/checkpoint.h"
 #include "data/tokenizer.h"
+#include "tests/support/safetensors_file.h"
 #include "tests/support/tiny_model.h"
 #include "tests/support/tiny_run.h"
 #include "trainer/model/load.h"
@@ -126,6 +127,35 @@ TEST_F(ModelLoad, RefusesMissingAndUnknownTensorsByName) {
   EXPECT_NE(
       refusal(save(*make(with_head), "medusa.0.layers.0.bias"), with_head).find("medusa.0.layers.0.bias"),
       std::string::npos);
+}
+
+TEST_F(ModelLoad, TakesWeightsOfAnotherProgram) {
+  configs::Config with_biases = config();
+  with_biases.model.bias = true;
+  with_biases.model.norm = "layer";
+  with_biases.model.mlp = "gelu";
+  const auto source = make(with_biases, 3);
+  const auto& before = source->parameters();
+  std::vector<support::SafetensorsEntry> entries;
+  for (size_t i = 0; i < before.parameters().size(); ++i) {
+    const trainer::Parameter& p = before.parameters()[i];
+    support::SafetensorsEntry entry{p.name, {}, {}, DType::f32};
+    for (int d = 0; d < p.shape.rank(); ++d) entry.shape.push_back(p.shape[d]);
+    for (const double v : to_doubles(before.master(static_cast<int>(i))))
+      entry.values.push_back(static_cast<float>(v));
+    entries.push_back(entry);
+  }
+  const auto file = folder_.path() / "weights.safetensors";
+  support::write_safetensors(file, entries);
+  const auto model = make(with_biases, 4);
+  EXPECT_TRUE(trainer::load_weights({}, file, *model, "a tokenizer's hash is not compared").empty());
+  EXPECT_EQ(to_doubles(model->parameters().buffers().master), to_doubles(before.buffers().master));
+  EXPECT_EQ(to_doubles(model->parameters().buffers().weights), to_doubles(before.buffers().weights));
+
+  EXPECT_NE(refusal(file, config()).find("has no place for"), std::string::npos) << "no biases there";
+  entries.front().shape = {entries.front().shape[1], entries.front().shape[0]};
+  support::write_safetensors(file, entries);
+  EXPECT_NE(refusal(file, with_biases).find("'embedding.weight' is"), std::string::npos);
 }
 
 TEST_F(ModelLoad, RefusesAnotherVocabulary) {

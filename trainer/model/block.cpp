@@ -22,13 +22,17 @@ Linear add_qkv(ParameterStore& store, const configs::ModelConfig& model, const s
   const int q = store.add(prefix + ".q.weight", {model.heads * size, model.width}, init);
   store.add(prefix + ".k.weight", {model.kv_heads * size, model.width}, init, true);
   const int v = store.add(prefix + ".v.weight", {model.kv_heads * size, model.width}, init, true);
-  return Linear(store, q, v);
+  if (!model.bias) return Linear(store, q, v);
+  const int q_bias = store.add(prefix + ".q.bias", {model.heads * size}, {});
+  store.add(prefix + ".k.bias", {model.kv_heads * size}, {}, true);
+  const int v_bias = store.add(prefix + ".v.bias", {model.kv_heads * size}, {}, true);
+  return Linear(store, q, v, q_bias, v_bias);
 }
 
 Linear add_output(ParameterStore& store, const configs::ModelConfig& model, const std::string& prefix) {
   const Init init{Init::Kind::normal, output_deviation(model)};
   const int o = store.add(prefix + ".o.weight", {model.width, model.width}, init);
-  return Linear(store, o, o);
+  return Linear(store, o, o, model.bias ? store.add(prefix + ".o.bias", {model.width}, {}) : -1);
 }
 
 std::unique_ptr<Attention> make_attention(ParameterStore& store, const configs::Config& config,

@@ -4,8 +4,8 @@
 
 namespace trainer {
 
-Linear::Linear(ParameterStore& store, int first, int last, int bias)
-    : store_(&store), first_(first), last_(last), bias_(bias) {}
+Linear::Linear(ParameterStore& store, int first, int last, int bias, int last_bias)
+    : store_(&store), first_(first), last_(last), bias_(bias), last_bias_(std::max(bias, last_bias)) {}
 
 int64_t Linear::outputs() const {
   int64_t rows = 0;
@@ -21,7 +21,7 @@ int64_t Linear::bytes() const {
 
 void Linear::forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone) const {
   kernels::LinearWeight w{store_->fused_weight(first_, last_), {}, {}};
-  if (bias_ >= 0) w.bias = store_->weight(bias_);
+  if (bias_ >= 0) w.bias = store_->fused_weight(bias_, last_bias_);
   if (!rows_alone) return kernels::linear(ctx, x, w, y);
   if (!panels_) throw kernels::ShapeError("decoding needs packed weights: call prepare_decoding first");
   w.panels = panels_;
@@ -38,7 +38,7 @@ void Linear::backward_input(const Context& ctx, const Tensor& dy, Tensor dx, boo
 void Linear::backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const {
   if (!store_->parameters()[static_cast<size_t>(first_)].trainable) return;
   kernels::linear_backward_weight(ctx, dy, x, store_->fused_gradient(first_, last_),
-                                  bias_ >= 0 ? store_->gradient(bias_) : Tensor{});
+                                  bias_ >= 0 ? store_->fused_gradient(bias_, last_bias_) : Tensor{});
 }
 
 void Linear::pack(const Context& ctx, kernels::Arena& panels) {

@@ -1,5 +1,5 @@
 #pragma once
-// A linear layer: views of one matrix, or of several consecutive ones seen as one, and perhaps a bias.
+// A linear layer: views of one matrix, or of several consecutive ones seen as one, and perhaps of its bias.
 #include "kernels/ops/linear.h"
 #include "trainer/model/parameters.h"
 
@@ -8,7 +8,8 @@ namespace trainer {
 class Linear {
  public:
   Linear() = default;
-  Linear(ParameterStore& store, int first, int last, int bias = -1);
+  // bias -1: none; otherwise the first of the biases, and last_bias the last where there are several.
+  Linear(ParameterStore& store, int first, int last, int bias = -1, int last_bias = -1);
 
   int64_t outputs() const;
   int64_t inputs() const;
@@ -24,7 +25,7 @@ class Linear {
 
  private:
   ParameterStore* store_ = nullptr;
-  int first_ = -1, last_ = -1, bias_ = -1;
+  int first_ = -1, last_ = -1, bias_ = -1, last_bias_ = -1;
   Tensor panels_;
 };
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checkpoints/checkpoint.h"
+#include "checkpoints/safetensors.h"
 #include "kernels/core/error.h"
 #include "trainer/optim/settings.h"
 
@@ -72,62 +73,100 @@ std::string head_of(const std::string& name) {
   return name.substr(0, name.find('.', name.find('.') + 1) + 1);
 }
 
-// Names of the parameters that a checkpoint holds, without their group.
-std::set<std::string> parameter_names(const checkpoints::Reader& reader) {
-  std::set<std::string> names;
-  for (const std::string& name : reader.names())
-    if (name.starts_with(kMaster)) names.insert(name.substr(kMaster.size()));
-  return names;
-}
+// Where weights come from: a checkpoint's masters, or a file of another program under the same names.
+class Source {
+ public:
+  virtual ~Source() = default;
+  virtual std::set<std::string> names() const = 0;
+  virtual Shape shape(const std::string& name) const = 0;
+  virtual std::vector<float> read(const std::string& name) const = 0;
+};
+
+class CheckpointSource final : public Source {
+ public:
+  CheckpointSource(const checkpoints::Reader& reader, const std::filesystem::path& path)
+      : reader_(reader), path_(path) {}
+  std::set<std::string> names() const override {
+    std::set<std::string> names;
+    for (const std::string& name : reader_.names())
+      if (name.starts_with(kMaster)) names.insert(name.substr(kMaster.size()));
+    return names;
+  }
+  Shape shape(const std::string& name) const override { return reader_.shape(std::string(kMaster) + name); }
+  std::vector<float> read(const std::string& name) const override {
+    const std::string stored = std::string(kMaster) + name;
+    if (reader_.dtype(stored) != DType::f32)
+      throw CheckpointError(fmt::format("{}: tensor '{}' is {}, expected fp32", path_.string(), name,
+                                        name_of(reader_.dtype(stored))));
+    const Shape shape = reader_.shape(stored);
+    std::vector<float> values(static_cast<size_t>(shape.numel()));
+    reader_.read(stored, Tensor(values.data(), DType::f32, shape));
+    return values;
+  }
+
+ private:
+  const checkpoints::Reader& reader_;
+  const std::filesystem::path& path_;
+};
+
+class SafetensorsSource final : public Source {
+ public:
+  explicit SafetensorsSource(const std::filesystem::path& path) : reader_(path) {}
+  std::set<std::string> names() const override {
+    const std::vector<std::string> names = reader_.names();
+    return {names.begin(), names.end()};
+  }
+  Shape shape(const std::string& name) const override { return reader_.shape(name); }
+  std::vector<float> read(const std::string& name) const override { return reader_.read(name); }
+
+ private:
+  checkpoints::SafetensorsReader reader_;
+};
 
 bool holds_part_of(const std::set<std::string>& names, const std::string& head) {
   const auto it = names.lower_bound(head);
   return it != names.end() && it->starts_with(head);
 }
 
-void take(const checkpoints::Reader& reader, const std::filesystem::path& checkpoint, const std::string& name,
+void take(const Source& source, const std::filesystem::path& path, const std::string& name,
           ParameterStore& store, int id) {
   const Parameter& p = store.parameters()[static_cast<size_t>(id)];
-  const std::string stored = std::string(kMaster) + name;
-  if (reader.shape(stored) != p.shape || reader.dtype(stored) != DType::f32)
-    throw CheckpointError(fmt::format("{}: tensor '{}' is {} {}, expected fp32 {}", checkpoint.string(), name,
-                                      name_of(reader.dtype(stored)), to_string(reader.shape(stored)),
-                                      to_string(p.shape)));
-  std::vector<float> values(static_cast<size_t>(p.shape.numel()));
-  const Tensor host(values.data(), DType::f32, p.shape);
-  reader.read(stored, host);
-  store.assign(id, host);
+  if (source.shape(name) != p.shape)
+    throw CheckpointError(fmt::format("{}: tensor '{}' is {}, expected {}", path.string(), name,
+                                      to_string(source.shape(name)), to_string(p.shape)));
+  std::vector<float> values = source.read(name);
+  store.assign(id, Tensor(values.data(), DType::f32, p.shape));
 }
 
-void refuse_unknown(const std::filesystem::path& checkpoint, const std::set<std::string>& names,
+void refuse_unknown(const std::filesystem::path& path, const std::set<std::string>& names,
                     const ParameterStore& store) {
   for (const std::string& name : names)
     if (store.find(name) < 0)
       throw CheckpointError(fmt::format(
-          "{} holds tensor '{}', which this model has no place for: give [heads] of the configuration the "
-          "checkpoint's values",
-          checkpoint.string(), name));
+          "{} holds tensor '{}', which this model has no place for: give [model] and [heads] of the "
+          "configuration the values it was made with",
+          path.string(), name));
 }
 
-// Every parameter from the checkpoint; names of whole heads' parameters that it lacks are returned when
+// Every parameter from the source; names of whole heads' parameters that it lacks are returned when
 // `fresh_heads`.
-std::vector<std::string> take_all(const checkpoints::Reader& reader, const std::filesystem::path& checkpoint,
+std::vector<std::string> take_all(const Source& source, const std::filesystem::path& path,
                                   ParameterStore& store, bool fresh_heads) {
-  const std::set<std::string> names = parameter_names(reader);
-  refuse_unknown(checkpoint, names, store);
+  const std::set<std::string> names = source.names();
+  refuse_unknown(path, names, store);
   std::vector<std::string> fresh;
   for (size_t i = 0; i < store.parameters().size(); ++i) {
     const Parameter& p = store.parameters()[i];
     if (names.contains(p.name)) {
-      take(reader, checkpoint, p.name, store, static_cast<int>(i));
+      take(source, path, p.name, store, static_cast<int>(i));
       continue;
     }
     const std::string head = head_of(p.name);
     if (!fresh_heads || head.empty() || holds_part_of(names, head))
-      throw CheckpointError(fmt::format("{} lacks tensor '{}'", checkpoint.string(), p.name));
+      throw CheckpointError(fmt::format("{} lacks tensor '{}'", path.string(), p.name));
     // A fresh copy is one of the values just loaded, not of the model's first ones.
     if (p.init.kind == Init::Kind::copy)
-      take(reader, checkpoint, store.parameters()[static_cast<size_t>(p.init.source)].name, store,
+      take(source, path, store.parameters()[static_cast<size_t>(p.init.source)].name, store,
            static_cast<int>(i));
     fresh.push_back(p.name);
   }
@@ -159,13 +198,15 @@ LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_c
                                       vocabulary));
   loaded.model = std::make_unique<Model>(loaded.config, vocabulary);
   loaded.model->parameters().allocate(ctx.device, compute_dtype(loaded.config), false);
-  take_all(reader, loaded.checkpoint, loaded.model->parameters(), false);
+  take_all(CheckpointSource(reader, loaded.checkpoint), loaded.checkpoint, loaded.model->parameters(), false);
   loaded.model->prepare_decoding(ctx);
   return loaded;
 }
 
 std::vector<std::string> load_weights(const Context&, const std::filesystem::path& run_or_checkpoint,
                                       Model& model, const std::string& tokenizer_hash) {
+  if (run_or_checkpoint.extension() == ".safetensors")
+    return take_all(SafetensorsSource(run_or_checkpoint), run_or_checkpoint, model.parameters(), true);
   const std::filesystem::path checkpoint = checkpoints::resolve(run_or_checkpoint);
   const checkpoints::Reader reader(checkpoint);
   const configs::Config theirs =
@@ -180,7 +221,7 @@ std::vector<std::string> load_weights(const Context&, const std::filesystem::pat
     throw CheckpointError(fmt::format(
         "{} was trained with another tokenizer than the data: prepare the data with the checkpoint's",
         checkpoint.string()));
-  return take_all(reader, checkpoint, model.parameters(), true);
+  return take_all(CheckpointSource(reader, checkpoint), checkpoint, model.parameters(), true);
 }
 
 }  // namespace trainer

@@ -21,7 +21,8 @@ LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_c
                        const std::vector<std::string>& overrides);
 // Takes weights into a model that may hold heads the checkpoint lacks (those keep their fresh values, and are
 // returned); a tensor of another shape, or a trunk tensor that is missing, is a CheckpointError that names
-// it. So is a checkpoint whose tokenizer has another hash than `tokenizer_hash` (empty: not compared).
+// it. So is a checkpoint whose tokenizer has another hash than `tokenizer_hash` (empty: not compared). A
+// .safetensors file, which knows no tokenizer, holds the parameters under their canonical names.
 std::vector<std::string> load_weights(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                                       Model& model, const std::string& tokenizer_hash = {});
 

@@ -10,10 +10,15 @@ Mlp::Mlp(ParameterStore& store, const configs::ModelConfig& model, const std::st
   int first = -1;
   if (gated_) first = store.add(prefix + ".gate.weight", expanding, {Init::Kind::normal});
   const int up = store.add(prefix + ".up.weight", expanding, {Init::Kind::normal}, gated_);
-  expand_ = Linear(store, gated_ ? first : up, up);
+  int first_bias = -1, up_bias = -1;
+  if (model.bias) {
+    if (gated_) first_bias = store.add(prefix + ".gate.bias", {model.ffn_width}, {});
+    up_bias = store.add(prefix + ".up.bias", {model.ffn_width}, {}, gated_);
+  }
+  expand_ = Linear(store, gated_ ? first : up, up, gated_ ? first_bias : up_bias, up_bias);
   const int down =
       store.add(prefix + ".down.weight", {model.width, model.ffn_width}, {Init::Kind::normal, deviation});
-  down_ = Linear(store, down, down);
+  down_ = Linear(store, down, down, model.bias ? store.add(prefix + ".down.bias", {model.width}, {}) : -1);
 }
 
 void Mlp::allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& saved) const {

@@ -157,9 +157,10 @@ Tensor ParameterStore::part(const Tensor& buffer, int first, int last) const {
   Shape shape = p.shape;
   for (int i = first + 1; i <= last; ++i) {
     const Parameter& next = parameters_[static_cast<size_t>(i)];
-    if (next.begin != p.begin + shape.numel() || next.shape.rank() != 2 || next.shape[1] != shape[1])
+    if (next.begin != p.begin + shape.numel() || next.shape.rank() != shape.rank() || next.shape.rank() > 2 ||
+        (next.shape.rank() == 2 && next.shape[1] != shape[1]))
       throw kernels::ShapeError(
-          fmt::format("parameters '{}' and '{}' are not one matrix", p.name, next.name));
+          fmt::format("parameters '{}' and '{}' are not one matrix or vector", p.name, next.name));
     shape[0] += next.shape[0];
   }
   return buffer.slice(p.begin, shape.numel()).view(shape);

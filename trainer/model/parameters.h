@@ -77,7 +77,7 @@ class ParameterStore {
   Tensor weight(int id) const;
   Tensor gradient(int id) const;
   Tensor master(int id) const;  // not of a sharded store
-  // Consecutive parameters with equal columns as one matrix (q, k, v: one product).
+  // Consecutive parameters with equal columns as one matrix (q, k, v: one product), or vectors as one.
   Tensor fused_weight(int first, int last) const;
   Tensor fused_gradient(int first, int last) const;
   // Weights and gradients (P); master, m and v: what this rank holds.

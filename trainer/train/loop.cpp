@@ -4,6 +4,7 @@
 
 #include <exception>
 #include <fstream>
+#include <optional>
 
 #include "data/batch_loader.h"
 #include "data/dataset.h"
@@ -67,7 +68,10 @@ class Job {
     model_.parameters().initialize(ctx_, static_cast<uint64_t>(config_.train.seed));
     if (from_.empty() && !config_.train.init_from.empty()) take_initial_weights();
     stepper_ = std::make_unique<Stepper>(config_, model_, loader_, ranks_, ctx_);
-    if (!from_.empty()) progress_ = checkpointing_.restore(from_);
+    if (!from_.empty()) {
+      progress_ = checkpointing_.restore(from_);
+      stepper_->read_state();
+    }
   }
 
   TrainResult run() {
@@ -76,7 +80,7 @@ class Job {
     const fs::path last = checkpointing_.finish(progress_, true);
     committed(last);
     ranks_.barrier();
-    return {asked ? StopReason::asked_to_stop : StopReason::finished, stepper_->state().step,
+    return {asked ? StopReason::asked_to_stop : StopReason::finished, stepper_->attempts(),
             last.empty() ? fs::path(config_.log.run) / "checkpoints" : last};
   }
 
@@ -93,32 +97,30 @@ class Job {
     std::ofstream(fs::path(config_.log.run) / "config.resolved.cfg") << configs::to_ini(config_);
     std::vector<std::string> names;
     for (const auto& loss : model_.losses()) names.push_back(loss.name);
-    log_ = std::make_unique<MetricsLog>(config_.log.run, stepper_->state().step, config_.train.steps,
+    log_ = std::make_unique<MetricsLog>(config_.log.run, stepper_->attempts(), config_.train.steps,
                                         config_.log.every, names, options_.progress_bar);
     log_->note(fmt::format("{:.2f}M parameters, {} training tokens, {} samples a step on {} rank{} ({})",
                            static_cast<double>(model_.parameters().elements()) / 1e6, dataset_.tokens(),
                            config_.train.batch, ranks_.size(), ranks_.size() == 1 ? "" : "s",
                            kernels::describe(ctx_.device)));
     if (!from_.empty())
-      log_->note(fmt::format("going on from {} at step {}", from_.string(), stepper_->state().step));
+      log_->note(fmt::format("going on from {} at step {}", from_.string(), stepper_->attempts()));
   }
 
   // True when the job was asked to stop.
   bool steps() {
-    int64_t saved_at = stepper_->state().step;
+    int64_t saved_at = stepper_->attempts();
     bool asked = false;
-    while (stepper_->state().step < config_.train.steps && !asked) {
-      const StepMetrics metrics = stepper_->run(options_.stop_requested());
-      progress_.tokens += static_cast<int64_t>(metrics.tokens);
-      asked = metrics.stop_requested;
-      const int64_t done = stepper_->state().step;
-      if (log_) log_->step(metrics, progress_.tokens);
-      check_skips(metrics);
+    while (stepper_->attempts() < config_.train.steps && !asked) {
+      asked = report(stepper_->run(options_.stop_requested()));
+      const int64_t done = stepper_->attempts();
       const bool last = done == config_.train.steps;
-      if (config_.train.validate_every > 0 && (done % config_.train.validate_every == 0 || last))
-        validate(done);
-      committed(checkpointing_.poll(progress_));
       const bool due = config_.checkpoint.every > 0 && done % config_.checkpoint.every == 0;
+      const bool validating =
+          config_.train.validate_every > 0 && (done % config_.train.validate_every == 0 || last);
+      if (last || due || validating || asked) asked |= flush();
+      if (validating) validate(done);
+      committed(checkpointing_.poll(progress_));
       if ((due || last || asked) && done != saved_at) {
         committed(checkpointing_.finish(progress_, false));
         if (log_) log_->flush();
@@ -127,6 +129,22 @@ class Job {
       }
     }
     return asked;
+  }
+
+  // Waits for the steps under way. True when one of them was asked to stop.
+  bool flush() {
+    bool asked = false;
+    while (const auto metrics = stepper_->flush()) asked |= report(metrics);
+    return asked;
+  }
+
+  // What a finished step says; nothing while the first one is under way. True when it was asked to stop.
+  bool report(const std::optional<StepMetrics>& metrics) {
+    if (!metrics) return false;
+    progress_.tokens += static_cast<int64_t>(metrics->tokens);
+    if (log_) log_->step(*metrics, progress_.tokens);
+    check_skips(*metrics);
+    return metrics->stop_requested;
   }
 
   void check_skips(const StepMetrics& metrics) const {
@@ -175,6 +193,13 @@ class Job {
   std::unique_ptr<MetricsLog> log_;
 };
 
+// Before anything is loaded.
+void refuse_what_does_not_fit(const configs::Config& config, int ranks, const kernels::Context& ctx) {
+  const int64_t vocabulary = data::read_dataset_info(config.data.path).vocabulary;
+  const std::string problem = plan_memory(config, vocabulary, ranks, ctx).problem;
+  if (!problem.empty()) throw kernels::ConfigError(problem);
+}
+
 // Runs a part of the set-up on every rank. What is wrong with the input is wrong for all of them: the lowest
 // rank that found it says so, and ends the others, which wait for that here.
 void together(comm::Communicator& ranks, const std::function<void()>& part) {
@@ -195,6 +220,7 @@ void together(comm::Communicator& ranks, const std::function<void()>& part) {
 TrainResult train(const configs::Config& config, comm::Communicator& ranks, const kernels::Context& ctx,
                   const TrainOptions& options) {
   std::unique_ptr<Job> job;
+  if (ctx.device.is_cuda()) together(ranks, [&] { refuse_what_does_not_fit(config, ranks.size(), ctx); });
   together(ranks, [&] { job = std::make_unique<Job>(config, ranks, ctx, options); });
   together(ranks, [&] { job->start(); });
   return job->run();

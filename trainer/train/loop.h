@@ -32,19 +32,23 @@ struct TrainResult {
 TrainResult train(const configs::Config& config, comm::Communicator& ranks, const kernels::Context& ctx,
                   const TrainOptions& options);
 
-// What a run of this configuration would need and do, without data or training: memory by segment from a
-// rehearsal of one step on the largest batch shape, parameters, operations per token and an estimated time of
-// a step.
+// What a run of this configuration would need and do on the device of `ctx`, without data or training: memory
+// by segment from a rehearsal of one step on the largest batch shape, parameters, operations per token and an
+// estimated time of a step.
 struct Plan {
   struct Row {
     std::string segment, name;
     int64_t bytes;
   };
   std::vector<Row> rows;
-  int64_t parameters = 0, total_bytes = 0, machine_bytes = 0;
+  int64_t parameters = 0, total_bytes = 0, free_bytes = 0;
+  std::string device, problem;  // problem: why it does not fit and what would help; empty when it does
   int64_t micro_batches_per_rank = 0;
   double flop_per_token = 0, tokens_per_step = 0, seconds_per_step = 0;
 };
-Plan plan(const configs::Config& config, int64_t vocabulary, int ranks);
+Plan plan(const configs::Config& config, int64_t vocabulary, int ranks, const kernels::Context& ctx = {});
+
+// The part of a plan that is about memory; quick.
+Plan plan_memory(const configs::Config& config, int64_t vocabulary, int ranks, const kernels::Context& ctx);
 
 }  // namespace trainer

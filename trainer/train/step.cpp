@@ -1,7 +1,7 @@
 #include "trainer/train/step.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <numeric>
 
@@ -12,158 +12,293 @@ namespace trainer {
 
 namespace {
 
+using kernels::DType;
 using kernels::OptimizerState;
 using kernels::Tensor;
 
-OptimizerState& host_state(kernels::OptimizerBuffers& buffers) {
-  return *static_cast<OptimizerState*>(buffers.state.data);
-}
-
-template <typename T>
-Tensor view(const std::vector<T>& values, kernels::Shape shape) {
-  return Tensor(const_cast<T*>(values.data()), kernels::dtype_of<T>(), shape);
-}
+constexpr int64_t kStateBytes = sizeof(OptimizerState);
 
 // Rank r of n takes items [r * count / n, (r + 1) * count / n).
 std::pair<size_t, size_t> share(size_t count, const comm::Communicator& ranks) {
   return {count * ranks.rank() / ranks.size(), count * (ranks.rank() + 1) / ranks.size()};
 }
 
+// One whole number of the state, on the device.
+Tensor field(const Tensor& state, size_t offset) {
+  return Tensor(static_cast<char*>(state.data) + offset, DType::i32, {1}, state.device);
+}
+
+size_t numbers_bytes(int64_t losses, int ranks) {
+  BlockCutter measure(nullptr);
+  cut_numbers(measure, losses, ranks);
+  return measure.bytes();
+}
+
+// The tensors of the step's own arena, the same in every pass.
+struct StepTensors {
+  Tensor batch, block, seeds, validation;
+};
+StepTensors take(kernels::Arena& arena, const Model& model, const data::LoaderParams& params, int ranks) {
+  const auto losses = static_cast<int64_t>(model.losses().size());
+  const auto bytes = [](size_t n) { return kernels::Shape{static_cast<int64_t>(n)}; };
+  return {arena.allocate("batch", DType::u8, bytes(batch_bytes(largest_shape(params), params.offsets))),
+          arena.allocate("numbers", DType::u8, bytes(numbers_bytes(losses, ranks))),
+          arena.allocate("seeds", DType::f32, {losses}), arena.allocate("validation", DType::f64, {losses})};
+}
+
+ModelBatch view_batch(const Tensor& block, const BatchShape& shape, int64_t offsets) {
+  BlockCutter cutter(block.data, block.device);
+  return cut_batch(cutter, shape, offsets);
+}
+
 }  // namespace
 
-Rehearsal rehearse(const Model& model, const kernels::Context& ctx, int64_t rows, int64_t sequences) {
-  Rehearsal r{std::make_unique<kernels::Arena>("saved", ctx.device),
-              std::make_unique<kernels::Arena>("scratch", ctx.device)};
+StepMemory measure_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
+                        int ranks) {
+  StepMemory memory{std::make_unique<kernels::Arena>("saved", ctx.device),
+                    std::make_unique<kernels::Arena>("scratch", ctx.device),
+                    std::make_unique<kernels::Arena>("step", ctx.device)};
   kernels::Context dry = ctx;
-  dry.scratch = r.scratch.get();
+  dry.scratch = memory.scratch.get();
   dry.rehearsal = true;
-  kernels::Arena inputs("batch", ctx.device);
-  const int64_t offsets = model.offsets(), losses = static_cast<int64_t>(model.losses().size());
-  using kernels::DType;
-  const ModelBatch batch{inputs.allocate("tokens", DType::i32, {rows}),
-                         inputs.allocate("positions", DType::i32, {rows}),
-                         inputs.allocate("cu_seqlens", DType::i32, {sequences + 1}),
-                         inputs.allocate("targets", DType::i32, {offsets, rows}),
-                         inputs.allocate("weights", DType::f32, {offsets, rows})};
-  model.forward_backward(dry, batch, inputs.allocate("seeds", DType::f32, {losses}), *r.saved,
-                         inputs.allocate("losses", DType::f64, {losses}), [](int64_t) {});
-  r.saved->release(0);
-  model.evaluate(dry, batch, *r.saved, inputs.allocate("losses", DType::f64, {losses}));
-  r.saved->release(0);
-  return r;
+  const StepTensors step = take(*memory.step, model, params, ranks);
+  // A micro-batch with more but shorter sequences may need more of some things, so both kinds are rehearsed.
+  const BatchShape largest = largest_shape(params);
+  for (const BatchShape& shape : {largest, BatchShape{largest.rows, params.micro_batch}}) {
+    const ModelBatch batch = view_batch(step.batch, shape, params.offsets);
+    model.forward_backward(dry, batch, step.seeds, *memory.saved, step.validation, {});
+    model.evaluate(dry, batch, *memory.saved, step.validation);
+  }
+  return memory;
 }
 
 Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchLoader& loader,
-                 comm::Communicator& ranks, const kernels::Context& ctx)
-    : config_(config), model_(model), loader_(loader), ranks_(ranks), ctx_(ctx) {
-  reference_rows_ = config.train.micro_batch * config.model.context;
-  Rehearsal measured = rehearse(model, ctx, loader.row_buckets().back(), config.train.micro_batch + 1);
-  saved_ = std::move(measured.saved);
-  scratch_ = std::move(measured.scratch);
-  saved_->place();
-  scratch_->place();
-  ctx_.scratch = scratch_.get();
-  segments_ = model.parameters().segments();
-  shard_segments_ = model.parameters().shard_segments();
-  loss_sums_.resize(model.losses().size());
-  reducer_ = std::make_unique<comm::GradientReducer>(
-      ranks, model.parameters().buffers().gradients, static_cast<size_t>(config.comm.bucket_mb * (1 << 20)),
-      model.parameters().sharded() ? model.parameters().shard_elements() : 0);
+                 comm::Communicator& ranks, const kernels::Context& ctx, std::optional<size_t> late)
+    : config_(config),
+      model_(model),
+      loader_(loader),
+      ranks_(ranks),
+      ctx_(ctx),
+      memory_(measure_step(model, ctx, loader.params(), ranks.size())),
+      late_(late.value_or(ctx.device.is_cuda() ? 1 : 0)),
+      graphs_(ctx.device.is_cuda() && config.train.graph),
+      reference_rows_(config.train.micro_batch * config.model.context) {
+  for (auto* arena : {memory_.saved.get(), memory_.scratch.get(), memory_.step.get()}) arena->place();
+  ctx_.scratch = memory_.scratch.get();
+  const StepTensors tensors = take(*memory_.step, model, loader.params(), ranks.size());
+  batch_ = tensors.batch;
+  block_ = tensors.block;
+  seeds_ = tensors.seeds;
+  validation_ = tensors.validation;
+  BlockCutter cutter(block_.data, block_.device);
+  numbers_ = cut_numbers(cutter, static_cast<int64_t>(model.losses().size()), ranks.size());
+  uploads_ =
+      std::make_unique<Uploads>(ctx.device, std::max({batch_.bytes(), block_.bytes(), validation_.bytes()}));
+  for (size_t i = 0; i <= late_; ++i)
+    flights_.push_back(std::make_unique<Flight>(ctx.device, kStateBytes + block_.bytes()));
+  const ParameterStore& store = model.parameters();
+  segments_ = store.segments();
+  shard_segments_ = store.shard_segments();
+  reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients,
+                                                     static_cast<size_t>(config.comm.bucket_mb * (1 << 20)),
+                                                     store.sharded() ? store.shard_elements() : 0);
   set_state(initial_state(config));
 }
 
 Stepper::~Stepper() = default;
 
-const OptimizerState& Stepper::state() const { return host_state(model_.parameters().buffers()); }
-
-void Stepper::set_state(const OptimizerState& state) { host_state(model_.parameters().buffers()) = state; }
-
-ModelBatch Stepper::upload(const data::Batch& batch) const {
-  const int64_t n = batch.rows(), k = batch.offsets;
-  return {view(batch.tokens, {n}), view(batch.positions, {n}),
-          view(batch.cu_seqlens, {static_cast<int64_t>(batch.cu_seqlens.size())}),
-          view(batch.targets, {k, n}), view(batch.weights, {k, n})};
+bool Stepper::captured() const {
+  return std::any_of(recorded_.begin(), recorded_.end(),
+                     [](const auto& entry) { return entry.second.graph.ready(); });
 }
 
-void Stepper::backward_micro_batches(const data::StepPlan& plan, bool overlap) {
+void Stepper::set_state(const OptimizerState& state) {
+  const Tensor& there = model_.parameters().buffers().state;
+  kernels::copy_bytes(there.data, there.device, &state, {}, sizeof(state));
+  read_state();
+}
+
+void Stepper::read_state() {
+  const Tensor& there = model_.parameters().buffers().state;
+  kernels::copy_bytes(&state_, {}, there.data, there.device, sizeof(state_));
+  attempts_ = state_.step;
+}
+
+void Stepper::upload_numbers(const data::StepPlan& plan, bool stop_requested) {
   const auto& losses = model_.losses();
-  std::vector<float> factors(losses.size()), seeds(losses.size());
-  for (size_t i = 0; i < losses.size(); ++i) {
-    const double sum = plan.weight_sums[losses[i].offset];
-    const double ratio = sum > 0 ? plan.weight_sums[0] / sum : 0.0;
-    factors[i] = static_cast<float>(losses[i].weight * ratio / static_cast<double>(reference_rows_));
-  }
-  const kernels::Shape shape{static_cast<int64_t>(losses.size())};
-  kernels::loss_seeds(ctx_, model_.parameters().buffers().state, view(factors, shape), view(seeds, shape));
-  const auto [first, last] = share(plan.micro_batches.size(), ranks_);
-  for (size_t m = first; m < last; ++m) {
-    const data::Batch batch = loader_.load(plan.micro_batches[m]);
-    const bool reduce = overlap && m + 1 == last;
-    kernels::ArenaScope scope(*saved_);
-    model_.forward_backward(ctx_, upload(batch), view(seeds, shape), *saved_, view(loss_sums_, shape),
-                            [&](int64_t begin) {
-                              if (reduce) reducer_->ready(begin);
-                              reducer_->progress();
-                            });
-  }
+  uploads_->send(ctx_.stream, block_.data, block_.bytes(), [&](void* slot) {
+    BlockCutter cutter(slot);
+    const StepNumbers numbers = cut_numbers(cutter, static_cast<int64_t>(losses.size()), ranks_.size());
+    for (size_t i = 0; i < losses.size(); ++i) {
+      const double sum = plan.weight_sums[losses[i].offset];
+      const double ratio = sum > 0 ? plan.weight_sums[0] / sum : 0.0;
+      numbers.factors.as<float>()[i] =
+          static_cast<float>(losses[i].weight * ratio / static_cast<double>(reference_rows_));
+      numbers.loss_sums.as<double>()[i] = 0;
+    }
+    *numbers.normaliser.as<float>() =
+        static_cast<float>(static_cast<double>(reference_rows_) / std::max(plan.weight_sums[0], 1.0));
+    int32_t* agreed = numbers.agreed.as<int32_t>();
+    std::fill_n(agreed, numbers.agreed.numel(), 0);
+    agreed[1] = stop_requested ? 1 : 0;
+    std::fill_n(agreed + 2, ranks_.size(), -1);
+  });
 }
 
-StepMetrics Stepper::run(bool stop_requested) {
-  auto& buffers = model_.parameters().buffers();
-  const auto rules = loss_scale_rules(config_);
-  const data::StepPlan plan = loader_.plan(state().step);
-  StepMetrics metrics;
-  metrics.step = state().step;
-  metrics.loss_scale = state().loss_scale;
-  metrics.tokens = plan.weight_sums[0];
+BatchShape Stepper::upload(const data::Batch& batch) {
+  const BatchShape shape = shape_of(batch, loader_.params());
+  uploads_->send(ctx_.stream, batch_.data, batch_bytes(shape, batch.offsets),
+                 [&](void* slot) { pack_batch(batch, shape, slot); });
+  return shape;
+}
 
-  kernels::fill(ctx_, buffers.gradients, 0.0f);
-  std::fill(loss_sums_.begin(), loss_sums_.end(), 0.0);
-  // After a skipped step gradients are looked at before they are summed, so that the rank that overflows can
-  // be named.
-  const bool attribute = state().consecutive_skips > 0;
-  backward_micro_batches(plan, !attribute);
-  const std::vector<float> unscaling = {
-      static_cast<float>(static_cast<double>(reference_rows_) / std::max(plan.weight_sums[0], 1.0))};
-  const Tensor normaliser = view(unscaling, {1});
-  int64_t culprit = 0;
+void Stepper::enqueue(const Work& work) {
+  if (!graphs_) return compute(work);
+  Recorded& recorded = recorded_[work];
+  if (!recorded.warm) {
+    recorded.warm = true;
+    return compute(work);
+  }
+  if (!recorded.graph.ready()) capture(work, recorded.graph);
+  recorded.graph.launch(ctx_.stream);
+}
+
+void Stepper::capture(const Work& work, kernels::Graph& graph) {
+  kernels::Graph::begin(ctx_.stream);
+  try {
+    compute(work);
+  } catch (...) {
+    // Ends the recording, so that the stream can be used again; what went wrong first is what counts.
+    try {
+      graph.end(ctx_.stream);
+    } catch (const kernels::DeviceError&) {
+    }
+    throw;
+  }
+  graph.end(ctx_.stream);
+}
+
+void Stepper::compute(const Work& work) {
+  auto& buffers = model_.parameters().buffers();
+  if (work.first) {
+    kernels::fill(ctx_, buffers.gradients, 0.0f);
+    kernels::loss_seeds(ctx_, buffers.state, numbers_.factors, seeds_);
+  }
+  if (work.shape.rows > 0) backward(work.shape, work.last && !work.attribute);
+  if (work.last) finish_step(work.attribute);
+}
+
+void Stepper::backward(const BatchShape& shape, bool reduce) {
+  kernels::ArenaScope scope(*memory_.saved);
+  const ModelBatch batch = view_batch(batch_, shape, loader_.params().offsets);
+  model_.forward_backward(ctx_, batch, seeds_, *memory_.saved, numbers_.loss_sums, [&](int64_t begin) {
+    if (reduce) reducer_->ready(begin);
+    reducer_->progress();
+  });
+}
+
+void Stepper::finish_step(bool attribute) {
+  auto& buffers = model_.parameters().buffers();
+  const int rank = ranks_.rank(), size = ranks_.size();
+  const auto report = [&](int64_t place, size_t offset) {
+    kernels::copy_async(numbers_.agreed.slice(place, 1).data, field(buffers.state, offset).data,
+                        sizeof(int32_t), ctx_.device, ctx_.stream);
+  };
   if (attribute) {
-    kernels::gradient_statistics(ctx_, segments_, normaliser, buffers);
-    if (state().nonfinite) culprit = ranks_.size() - ranks_.rank();
+    kernels::gradient_statistics(ctx_, segments_, numbers_.normaliser, buffers);
+    report(2 + size + rank, offsetof(OptimizerState, nonfinite));
   }
   reducer_->ready(0);
   reducer_->finish();
-  kernels::OptimizerBuffers shard = model_.parameters().shard();
-  kernels::gradient_statistics(ctx_, shard_segments_, normaliser, shard);
+  const ParameterStore& store = model_.parameters();
+  kernels::OptimizerBuffers shard = store.shard();
+  kernels::gradient_statistics(ctx_, shard_segments_, numbers_.normaliser, shard);
   if (shard.sums) {
     ranks_.all_reduce(shard.sums, comm::Reduce::sum);
-    kernels::gradient_norm(ctx_, normaliser, shard);
+    kernels::gradient_norm(ctx_, numbers_.normaliser, shard);
   }
+  report(0, offsetof(OptimizerState, nonfinite));
+  report(2 + rank, offsetof(OptimizerState, first_nonfinite));
 
-  // The first of the tensors that the ranks found, as the distance from the end.
-  const auto tensors = static_cast<int64_t>(segments_.size());
-  const int64_t found = state().first_nonfinite < 0 ? 0 : tensors - state().first_nonfinite;
-  std::vector<int64_t> agreed = {state().nonfinite, stop_requested ? 1 : 0, culprit, found};
-  ranks_.all_reduce(view(agreed, {4}), comm::Reduce::max);
-  ranks_.all_reduce(view(loss_sums_, {static_cast<int64_t>(loss_sums_.size())}), comm::Reduce::sum);
-  host_state(buffers).nonfinite = static_cast<int32_t>(agreed[0]);
-  host_state(buffers).first_nonfinite = agreed[3] > 0 ? static_cast<int32_t>(tensors - agreed[3]) : -1;
+  ranks_.all_reduce(numbers_.agreed, comm::Reduce::max);
+  ranks_.all_reduce(numbers_.loss_sums, comm::Reduce::sum);
+  kernels::copy_async(field(buffers.state, offsetof(OptimizerState, nonfinite)).data, numbers_.agreed.data,
+                      sizeof(int32_t), ctx_.device, ctx_.stream);
+  kernels::update_loss_scale(ctx_, loss_scale_rules(config_), buffers);
+  kernels::adamw(ctx_, shard_segments_, numbers_.normaliser, adamw_params(config_), shard);
+  if (store.sharded()) ranks_.all_gather(shard.weights, store.padded_weights());
+}
+
+void Stepper::send_results(const data::StepPlan& plan, bool attribute) {
+  Flight& flight = *flights_[static_cast<size_t>(attempts_) % flights_.size()];
+  flight.step = attempts_;
+  flight.weight_sums = plan.weight_sums;
+  flight.attribute = attribute;
+  char* memory = static_cast<char*>(flight.memory.data());
+  kernels::copy_async(memory, model_.parameters().buffers().state.data, kStateBytes, ctx_.device,
+                      ctx_.stream);
+  kernels::copy_async(memory + kStateBytes, block_.data, block_.bytes(), ctx_.device, ctx_.stream);
+  flight.landed.record(ctx_.stream);
+  in_flight_.push_back(&flight);
+}
+
+std::optional<StepMetrics> Stepper::run(bool stop_requested) {
+  const data::StepPlan plan = loader_.plan(attempts_);
+  upload_numbers(plan, stop_requested);
+  // After a skipped step gradients are looked at before they are summed, so that the rank that overflows can
+  // be named.
+  const bool attribute = state_.consecutive_skips > 0;
+  const auto [first, last] = share(plan.micro_batches.size(), ranks_);
+  if (first == last) enqueue({BatchShape{}, true, true, attribute});
+  for (size_t m = first; m < last; ++m) {
+    const BatchShape shape = upload(loader_.load(plan.micro_batches[m]));
+    enqueue({shape, m == first, m + 1 == last, attribute && m + 1 == last});
+  }
+  send_results(plan, attribute);
+  ++attempts_;
+  if (in_flight_.size() <= late_) return {};
+  return collect();
+}
+
+std::optional<StepMetrics> Stepper::flush() {
+  if (in_flight_.empty()) return {};
+  return collect();
+}
+
+StepMetrics Stepper::collect() {
+  Flight& flight = *in_flight_.front();
+  in_flight_.pop_front();
+  wait_for(flight.landed, [&] { reducer_->progress(); });
+  char* memory = static_cast<char*>(flight.memory.data());
+  std::memcpy(&state_, memory, sizeof(state_));
+  BlockCutter cutter(memory + kStateBytes);
+  const auto& losses = model_.losses();
+  const StepNumbers numbers = cut_numbers(cutter, static_cast<int64_t>(losses.size()), ranks_.size());
+
+  StepMetrics metrics;
+  metrics.step = flight.step;
+  metrics.tokens = flight.weight_sums[0];
+  for (size_t i = 0; i < losses.size(); ++i)
+    metrics.losses.push_back(numbers.loss_sums.as<double>()[i] /
+                             std::max(flight.weight_sums[losses[i].offset], 1.0));
+  metrics.loss_scale = state_.gradient_scale;
+  metrics.learning_rate = state_.learning_rate;
+  metrics.gradient_norm = state_.gradient_norm;
+  metrics.skipped = state_.skip != 0;
+  metrics.skipped_total = state_.skipped;
+  metrics.consecutive_skips = state_.consecutive_skips;
+  const std::span agreed(numbers.agreed.as<int32_t>(), static_cast<size_t>(numbers.agreed.numel()));
   metrics.stop_requested = agreed[1] != 0;
-  if (agreed[2] > 0) metrics.nonfinite_rank = static_cast<int>(ranks_.size() - agreed[2]);
-
-  kernels::update_loss_scale(ctx_, rules, buffers);
-  kernels::adamw(ctx_, shard_segments_, normaliser, adamw_params(config_), shard);
-  if (model_.parameters().sharded()) ranks_.all_gather(shard.weights, model_.parameters().padded_weights());
-
-  for (size_t i = 0; i < loss_sums_.size(); ++i)
-    metrics.losses.push_back(loss_sums_[i] / std::max(plan.weight_sums[model_.losses()[i].offset], 1.0));
-  metrics.learning_rate = state().learning_rate;
-  metrics.gradient_norm = state().gradient_norm;
-  metrics.skipped = state().skip != 0;
-  metrics.skipped_total = state().skipped;
-  metrics.consecutive_skips = state().consecutive_skips;
-  if (metrics.skipped && state().first_nonfinite >= 0)
-    metrics.nonfinite_tensor = model_.parameters().parameters()[state().first_nonfinite].name;
+  const size_t size = static_cast<size_t>(ranks_.size());
+  int32_t tensor = -1;
+  for (const int32_t found : agreed.subspan(2, size))
+    if (found >= 0) tensor = tensor < 0 ? found : std::min(tensor, found);
+  if (metrics.skipped && tensor >= 0)
+    metrics.nonfinite_tensor = model_.parameters().parameters()[static_cast<size_t>(tensor)].name;
+  const auto before = agreed.subspan(2 + size, size);
+  const auto culprit = std::find_if(before.begin(), before.end(), [](int32_t n) { return n > 0; });
+  if (flight.attribute && culprit != before.end())
+    metrics.nonfinite_rank = static_cast<int>(culprit - before.begin());
   return metrics;
 }
 
@@ -171,18 +306,21 @@ std::vector<double> Stepper::validate(const data::BatchLoader& loader,
                                       std::span<const std::vector<int64_t>> micro_batches) {
   const size_t count = model_.losses().size();
   std::vector<double> sums(2 * count, 0.0);  // losses, then weights
+  uploads_->send(ctx_.stream, validation_.data, validation_.bytes(),
+                 [&](void* slot) { std::memset(slot, 0, validation_.bytes()); });
   const auto [first, last] = share(micro_batches.size(), ranks_);
   for (size_t m = first; m < last; ++m) {
     const data::Batch batch = loader.load(micro_batches[m]);
-    kernels::ArenaScope scope(*saved_);
-    model_.evaluate(ctx_, upload(batch), *saved_,
-                    Tensor(sums.data(), kernels::DType::f64, {static_cast<int64_t>(count)}));
+    const BatchShape shape = upload(batch);
+    kernels::ArenaScope scope(*memory_.saved);
+    model_.evaluate(ctx_, view_batch(batch_, shape, batch.offsets), *memory_.saved, validation_);
     for (size_t i = 0; i < count; ++i) {
       const float* w = batch.weights.data() + model_.losses()[i].offset * batch.rows();
       sums[count + i] += std::accumulate(w, w + batch.rows(), 0.0);
     }
   }
-  ranks_.all_reduce(view(sums, {static_cast<int64_t>(sums.size())}), comm::Reduce::sum);
+  kernels::copy_bytes(sums.data(), {}, validation_.data, validation_.device, validation_.bytes());
+  ranks_.all_reduce(Tensor(sums.data(), DType::f64, {static_cast<int64_t>(sums.size())}), comm::Reduce::sum);
   std::vector<double> means(count);
   for (size_t i = 0; i < count; ++i) means[i] = sums[i] / std::max(sums[count + i], 1.0);
   return means;

@@ -7,7 +7,15 @@
 // reference_rows, where W_i is the global sum of token weights of loss i and reference_rows = micro_batch *
 // context, so that fp16 gradients keep a size that does not depend on the number of ranks or micro-batches;
 // the rest, reference_rows / W_0, is folded into the fp32 unscaling.
+//
+// A step is put into the context's stream whole; the host reads its results `late` steps afterwards, so that
+// a GPU never waits for it. On a GPU the work of a micro-batch is captured into a CUDA graph for each shape,
+// after one eager run in which the libraries choose their algorithms, and replayed from then on.
+#include <deque>
+#include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -15,11 +23,12 @@
 #include "configs/config.h"
 #include "data/batch_loader.h"
 #include "trainer/model/model.h"
+#include "trainer/train/staging.h"
 
 namespace trainer {
 
 struct StepMetrics {
-  int64_t step = 0;            // the number of the attempt just made, from 0
+  int64_t step = 0;            // the number of the attempt, from 0
   std::vector<double> losses;  // mean over weighted tokens, one per Model::losses()
   double tokens = 0;           // rows trained on in this step, over all ranks
   double learning_rate = 0, gradient_norm = 0, loss_scale = 0;
@@ -30,44 +39,90 @@ struct StepMetrics {
   bool stop_requested = false;   // by any rank
 };
 
+// Memory of a step, measured without touching data. saved: activations of one micro-batch; scratch: working
+// memory; step: a micro-batch and the numbers of a step.
+struct StepMemory {
+  std::unique_ptr<kernels::Arena> saved, scratch, step;
+};
+StepMemory measure_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
+                        int ranks);
+
 class Stepper {
  public:
-  // Measures and takes all memory of a step: nothing is allocated afterwards. A null communicator only
-  // rehearses (plan).
+  // Measures and takes all memory of a step: nothing is allocated afterwards. `late`: steps whose results may
+  // be outstanding when run() returns; by default 1 on a GPU and 0 on the CPU.
   Stepper(const configs::Config& config, Model& model, const data::BatchLoader& loader,
-          comm::Communicator& ranks, const kernels::Context& ctx);
+          comm::Communicator& ranks, const kernels::Context& ctx, std::optional<size_t> late = {});
   ~Stepper();
 
-  StepMetrics run(bool stop_requested);
-  // Mean losses over the given micro-batches of another split, shared among the ranks.
+  // Makes one step; returns the metrics of the latest one that is finished, if that is news.
+  std::optional<StepMetrics> run(bool stop_requested);
+  // Waits for every step made; call it until it returns nothing.
+  std::optional<StepMetrics> flush();
+  // Mean losses over the given micro-batches of another split, shared among the ranks. Waits for the result.
   std::vector<double> validate(const data::BatchLoader& loader,
                                std::span<const std::vector<int64_t>> micro_batches);
 
-  const kernels::OptimizerState& state() const;  // host copy of the device's state, current after run()
+  int64_t attempts() const { return attempts_; }  // steps made since the beginning of the run
+  // The optimizer's state after the latest finished step.
+  const kernels::OptimizerState& state() const { return state_; }
   void set_state(const kernels::OptimizerState& state);
-  const kernels::Arena& saved() const { return *saved_; }
-  const kernels::Arena& scratch() const { return *scratch_; }
+  // Takes over the state that something else (a checkpoint) has put on the device.
+  void read_state();
+  const StepMemory& memory() const { return memory_; }
+  bool captured() const;  // some work runs as a graph
 
  private:
-  void backward_micro_batches(const data::StepPlan& plan, bool overlap);
-  ModelBatch upload(const data::Batch& batch) const;
+  // What is computed for one micro-batch: the first clears the gradients, the last finishes the step. Without
+  // rows there is no micro-batch on this rank.
+  struct Work {
+    BatchShape shape;
+    bool first = false, last = false, attribute = false;
+    auto operator<=>(const Work&) const = default;
+  };
+  struct Recorded {
+    bool warm = false;
+    kernels::Graph graph;
+  };
+  // A step whose results are on their way to the host.
+  struct Flight {
+    Flight(kernels::Device device, size_t bytes) : memory(device, bytes), landed(device) {}
+    kernels::PinnedBuffer memory;  // the optimizer's state, then the step's numbers
+    kernels::Event landed;
+    int64_t step = 0;
+    std::vector<double> weight_sums;
+    bool attribute = false;
+  };
+
+  void upload_numbers(const data::StepPlan& plan, bool stop_requested);
+  BatchShape upload(const data::Batch& batch);
+  void enqueue(const Work& work);
+  void capture(const Work& work, kernels::Graph& graph);
+  void compute(const Work& work);
+  void backward(const BatchShape& shape, bool reduce);
+  void finish_step(bool attribute);
+  void agree(bool attribute);
+  void send_results(const data::StepPlan& plan, bool attribute);
+  StepMetrics collect();
 
   const configs::Config& config_;
   Model& model_;
   const data::BatchLoader& loader_;
   comm::Communicator& ranks_;
   kernels::Context ctx_;
-  std::unique_ptr<kernels::Arena> saved_, scratch_;
+  StepMemory memory_;
+  kernels::Tensor batch_, block_, seeds_, validation_;  // in memory_.step; block_ holds numbers_
+  StepNumbers numbers_;
+  std::unique_ptr<Uploads> uploads_;
   std::unique_ptr<comm::GradientReducer> reducer_;
   std::vector<kernels::Segment> segments_, shard_segments_;
-  std::vector<double> loss_sums_;
-  int64_t reference_rows_ = 1;
+  std::map<Work, Recorded> recorded_;
+  std::vector<std::unique_ptr<Flight>> flights_;
+  std::deque<Flight*> in_flight_;
+  size_t late_;
+  bool graphs_;
+  int64_t attempts_ = 0, reference_rows_ = 1;
+  kernels::OptimizerState state_;
 };
-
-// Memory of activations and of scratch for one micro-batch of `rows` rows, measured without touching data.
-struct Rehearsal {
-  std::unique_ptr<kernels::Arena> saved, scratch;
-};
-Rehearsal rehearse(const Model& model, const kernels::Context& ctx, int64_t rows, int64_t sequences);
 
 }  // namespace trainer

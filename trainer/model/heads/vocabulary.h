@@ -8,7 +8,10 @@
 
 namespace trainer {
 
-inline constexpr int64_t kLogitRows = 512;
+// Rows of logits that are alive at once. On the CPU as many as stay in its caches; on a GPU as many as fit
+// into 2 GiB, in equal parts: a product of thousands of rows fills it, and each part passes over dE once
+// more.
+int64_t logit_rows(const kernels::Device& device, int64_t rows, int64_t vocabulary, kernels::DType dtype);
 
 // hidden (N, C), targets (N) int32, weights (N) and seed (1) fp32, loss_sum (1) fp64; dhidden (N, C) may be
 // empty.

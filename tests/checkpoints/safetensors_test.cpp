@@ -1,0 +1,77 @@
+#include "checkpoints/safetensors.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "kernels/core/error.h"
+#include "tests/support/safetensors_file.h"
+#include "tests/support/temporary_folder.h"
+
+namespace {
+
+using checkpoints::SafetensorsReader;
+using kernels::DType;
+using support::write_safetensors;
+
+class Safetensors : public testing::Test {
+ protected:
+  std::filesystem::path file() const { return folder_.path() / "weights.safetensors"; }
+  std::string refusal() const {
+    try {
+      const SafetensorsReader reader(file());
+      for (const auto& name : reader.names()) reader.read(name);
+    } catch (const kernels::CheckpointError& e) {
+      return e.what();
+    }
+    return "accepted";
+  }
+  void write_raw(const std::string& header, const std::string& data, int64_t length = -1) const {
+    std::ofstream out(file(), std::ios::binary);
+    const uint64_t bytes = length < 0 ? header.size() : static_cast<uint64_t>(length);
+    out.write(reinterpret_cast<const char*>(&bytes), sizeof(bytes));
+    out << header << data;
+  }
+
+  support::TemporaryFolder folder_;
+};
+
+TEST_F(Safetensors, GivesShapesAndValuesOfEveryType) {
+  // Values that all three types hold exactly.
+  write_safetensors(file(), {{"a.weight", {2, 3}, {1, -2, 0.5f, 4, 0, -0.25f}, DType::f32},
+                             {"b", {2}, {3, -1.5f}, DType::f16},
+                             {"c", {1, 2, 2}, {8, 0.125f, -16, 2}, DType::bf16}});
+  const SafetensorsReader reader(file());
+  EXPECT_EQ(reader.names(), (std::vector<std::string>{"a.weight", "b", "c"}));
+  EXPECT_EQ(reader.shape("a.weight"), (kernels::Shape{2, 3}));
+  EXPECT_EQ(reader.read("a.weight"), (std::vector<float>{1, -2, 0.5f, 4, 0, -0.25f}));
+  EXPECT_EQ(reader.read("b"), (std::vector<float>{3, -1.5f}));
+  EXPECT_EQ(reader.shape("c"), (kernels::Shape{1, 2, 2}));
+  EXPECT_EQ(reader.read("c"), (std::vector<float>{8, 0.125f, -16, 2}));
+  EXPECT_THROW(reader.read("d"), kernels::CheckpointError);
+}
+
+TEST_F(Safetensors, RefusesWhatIsDamagedOrCutShort) {
+  EXPECT_NE(refusal().find("cannot read"), std::string::npos) << "a file that is not there";
+  const std::string good = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
+  write_raw(good, std::string(8, '\0'));
+  EXPECT_EQ(refusal(), "accepted");
+  write_raw(good, std::string(7, '\0'));
+  EXPECT_NE(refusal().find("'a' lies outside"), std::string::npos) << refusal();
+  write_raw(good, "", int64_t{1} << 60);
+  EXPECT_NE(refusal().find("cut short"), std::string::npos) << refusal();
+  write_raw(good.substr(1), std::string(8, '\0'));
+  EXPECT_NE(refusal().find("header is damaged"), std::string::npos) << refusal();
+  for (const char* bad : {R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})",
+                          R"({"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}})",
+                          R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}})",
+                          R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}})",
+                          R"({"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}})",
+                          R"({"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}})",
+                          R"({"a":{"dtype":"F32","shape":"2","data_offsets":[0,8]}})", R"({"a":5})"}) {
+    write_raw(bad, std::string(8, '\0'));
+    EXPECT_NE(refusal(), "accepted") << bad;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,198 @@
+// One training step after another: what the host reads late, what stays where it is, and the same on a GPU.
+#include "trainer/train/step.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "kernels/core/stream.h"
+#include "tests/support/step_run.h"
+#include "tests/support/temporary_folder.h"
+
+namespace {
+
+using support::StepRun;
+
+constexpr int64_t kVocabulary = 300;
+
+class Step : public testing::Test {
+ protected:
+  void SetUp() override { support::write_random_tokens(folder_.path() / "data", kVocabulary, 40, 257); }
+
+  // Sequences as long as the context, so that every micro-batch has one shape; the last of a step is smaller.
+  configs::Config config(const std::string& compute = "fp16") {
+    configs::Config c;
+    c.model.layers = 2;
+    c.model.width = 128;
+    c.model.heads = 2;
+    c.model.kv_heads = 1;
+    c.model.ffn_width = 192;
+    c.model.context = 64;
+    c.model.attention = "linear,softmax";
+    c.heads.medusa = 1;
+    c.heads.mtp = 1;
+    c.precision.compute = compute;
+    c.data.path = (folder_.path() / "data").string();
+    c.optim.lr = 3e-3;
+    c.optim.warmup = 2;
+    c.train.steps = 100;
+    c.train.batch = 7;
+    c.train.micro_batch = 3;
+    return c;
+  }
+
+  support::TemporaryFolder folder_;
+};
+
+void expect_same(const std::vector<trainer::StepMetrics>& a, const std::vector<trainer::StepMetrics>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    EXPECT_EQ(a[i].step, b[i].step);
+    EXPECT_EQ(a[i].losses, b[i].losses);
+    EXPECT_EQ(a[i].gradient_norm, b[i].gradient_norm);
+    EXPECT_EQ(a[i].loss_scale, b[i].loss_scale);
+    EXPECT_EQ(a[i].skipped, b[i].skipped);
+    EXPECT_EQ(a[i].learning_rate, b[i].learning_rate);
+  }
+}
+
+TEST_F(Step, ResultsReadLateAreTheSame) {
+  StepRun at_once(config(), kVocabulary, {}, 0), late(config(), kVocabulary, {}, 1);
+  expect_same(at_once.steps(6), late.steps(6));
+  EXPECT_EQ(at_once.master(), late.master());
+}
+
+TEST_F(Step, ResultsComeAsLateAsTheyAreAllowedTo) {
+  StepRun run(config(), kVocabulary, {}, 2);
+  EXPECT_FALSE(run.stepper().run(false));
+  EXPECT_FALSE(run.stepper().run(true));
+  const auto first = run.stepper().run(false);
+  ASSERT_TRUE(first);
+  EXPECT_EQ(first->step, 0);
+  EXPECT_FALSE(first->stop_requested);
+  EXPECT_EQ(run.stepper().attempts(), 3);
+  const auto second = run.stepper().flush();
+  ASSERT_TRUE(second);
+  EXPECT_EQ(second->step, 1);
+  EXPECT_TRUE(second->stop_requested) << "asked in the second step";
+  EXPECT_TRUE(run.stepper().flush());
+  EXPECT_FALSE(run.stepper().flush());
+}
+
+TEST_F(Step, OverflowIsNamedByTensorAndRankAlsoWhenReadLate) {
+  for (const size_t late : {0, 1}) {
+    auto overflowing = config();
+    overflowing.precision.loss_scale_initial = 4294967296.0;
+    StepRun run(overflowing, kVocabulary, {}, late);
+    const auto metrics = run.steps(6);
+    ASSERT_TRUE(metrics[0].skipped && metrics[4].skipped) << "a scale of 2^32 overflows fp16";
+    EXPECT_FALSE(metrics[0].nonfinite_tensor.empty());
+    EXPECT_EQ(metrics[0].nonfinite_rank, -1) << "the rank is looked for after the first skipped step";
+    EXPECT_EQ(metrics[4].nonfinite_rank, 0);
+    EXPECT_EQ(metrics[1].loss_scale, metrics[0].loss_scale / 2);
+  }
+}
+
+TEST_F(Step, MemoryIsTakenOnce) {
+  StepRun run(config(), kVocabulary, {});
+  const auto sizes = [&] {
+    const auto& m = run.stepper().memory();
+    return std::array{m.saved->high_water(), m.scratch->high_water(), m.step->high_water(), m.saved->mark(),
+                      m.scratch->mark()};
+  };
+  const auto before = sizes();
+  run.steps(4);
+  EXPECT_EQ(before, sizes());
+}
+
+// A batch's sequences in the shape of another: the empty ones that fill it up change nothing.
+TEST_F(Step, BatchesFillTheirShape) {
+  const data::LoaderParams params{1, 8, 3, 64, 2};
+  data::Batch batch;
+  batch.tokens = {5, 6, 7, 8};
+  batch.positions = {0, 1, 0, 1};
+  batch.cu_seqlens = {0, 2, 4};
+  batch.offsets = 2;
+  batch.targets = {6, -1, 8, -1, -1, -1, -1, -1};
+  batch.weights = {1, 0, 1, 0, 0, 0, 0, 0};
+  const trainer::BatchShape shape = trainer::shape_of(batch, params);
+  EXPECT_EQ(shape.rows, 4);
+  EXPECT_EQ(shape.sequences, 3);
+  std::vector<char> block(trainer::batch_bytes(shape, 2), 'x');
+  trainer::pack_batch(batch, shape, block.data());
+  trainer::BlockCutter cutter(block.data());
+  const trainer::ModelBatch cut = trainer::cut_batch(cutter, shape, 2);
+  const int32_t* cu = cut.cu_seqlens.as<int32_t>();
+  EXPECT_EQ(std::vector<int32_t>(cu, cu + 4), (std::vector<int32_t>{0, 2, 4, 4}));
+  EXPECT_EQ(cut.tokens.as<int32_t>()[3], 8);
+  EXPECT_EQ(cut.targets.as<int32_t>()[2], 8);
+  EXPECT_EQ(cut.weights.as<float>()[0], 1.0f);
+}
+
+class StepCuda : public Step {
+ protected:
+  void SetUp() override {
+    if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU here: " << kernels::cuda_problem();
+    Step::SetUp();
+    stream_ = std::make_unique<kernels::OwnedStream>(kGpu);
+    ctx_ = {kGpu, stream_->get(), nullptr, false};
+  }
+  static constexpr kernels::Device kGpu{kernels::Device::Kind::cuda, 0};
+  std::unique_ptr<kernels::OwnedStream> stream_;
+  kernels::Context ctx_;
+};
+
+// The mean over the step's tokens of losses whose logits are rounded to 2^-11 relative, over weights that
+// are: well under 2^-9 relative (tests/trainer/ranks_mpi_test.cpp).
+constexpr double kHalfTolerance = 2e-3;
+
+void expect_close(const std::vector<double>& a, const std::vector<double>& b, double tolerance) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], tolerance * std::abs(a[i])) << "step " << i;
+}
+
+TEST_F(StepCuda, LossesAreThoseOfTheCpu) {
+  for (const auto& [compute, tolerance] :
+       {std::pair{"fp32", 1e-4}, std::pair{"fp16", kHalfTolerance}, std::pair{"bf16", 8 * kHalfTolerance}}) {
+    StepRun cpu(config(compute), kVocabulary, {}), gpu(config(compute), kVocabulary, ctx_);
+    SCOPED_TRACE(compute);
+    expect_close(StepRun::losses(cpu.steps(12)), StepRun::losses(gpu.steps(12)), tolerance);
+  }
+}
+
+TEST_F(StepCuda, CapturedEqualsEager) {
+  auto eager = config(), captured = config();
+  eager.train.graph = false;
+  StepRun a(eager, kVocabulary, ctx_), b(captured, kVocabulary, ctx_);
+  expect_close(StepRun::losses(a.steps(12)), StepRun::losses(b.steps(12)), kHalfTolerance);
+  EXPECT_FALSE(a.stepper().captured());
+  EXPECT_TRUE(b.stepper().captured());
+}
+
+TEST_F(StepCuda, NeitherWaitsForTheDeviceNorTakesMemoryInAStep) {
+  for (const bool graph : {false, true}) {
+    auto c = config();
+    c.train.graph = graph;
+    StepRun run(c, kVocabulary, ctx_);
+    run.steps(4);  // algorithms are chosen, graphs recorded
+    const auto& counters = kernels::device_counters();
+    const int64_t waits = counters.synchronizations, allocations = counters.allocations;
+    run.steps(6);
+    EXPECT_EQ(counters.synchronizations, waits) << "graph " << graph;
+    EXPECT_EQ(counters.allocations, allocations) << "graph " << graph;
+  }
+}
+
+TEST_F(StepCuda, OverflowSkipsTheStep) {
+  auto overflowing = config();
+  overflowing.precision.loss_scale_initial = 4294967296.0;
+  StepRun run(overflowing, kVocabulary, ctx_);
+  const auto metrics = run.steps(24);
+  EXPECT_TRUE(metrics.front().skipped);
+  EXPECT_EQ(metrics[1].loss_scale, metrics[0].loss_scale / 2);
+  EXPECT_EQ(metrics[4].nonfinite_rank, 0);
+  EXPECT_FALSE(metrics.back().skipped) << "the scale came down to where training goes on";
+}
+
+}  // namespace
