@@ -2,6 +2,8 @@
 // several ranks too, without a banner of mpirun around it and with no rank left hanging.
 #include <gtest/gtest.h>
 
+#include "configs/config.h"
+#include "kernels/core/device.h"
 #include "tests/launch/program.h"
 
 namespace launch {
@@ -47,7 +49,44 @@ TEST(BadInput, ConfigurationFiles) {
 }
 
 TEST(BadInput, DeviceThatIsNotThere) {
-  expect_one_line(foretell("train " + kQuickstart + " --set train.device=cuda"), 2, "train.device = cuda");
+  const std::string train = "train " + kQuickstart + " --set train.device=cuda";
+  const auto hidden = [](const std::string& command) {
+    return run_shell("CUDA_VISIBLE_DEVICES= " FORETELL_BINARY " " + command);
+  };
+  expect_one_line(hidden(train), 2, "train.device = cuda, but ");
+  expect_one_line(hidden(train), 2, "or use train.device = cpu");
+  // auto takes what there is.
+  const Outcome plan = hidden("plan " + kQuickstart + " --vocabulary 300 --set train.device=auto");
+  EXPECT_EQ(plan.exit_code, 0) << plan.errors;
+  EXPECT_NE(plan.output.find("(cpu: "), std::string::npos) << plan.output;
+}
+
+// Two ranks on one host and one GPU: asked for, it is refused; auto computes on CPU cores and says so.
+TEST(BadInputCuda, MoreRanksThanGpus) {
+  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU here: " << kernels::cuda_problem();
+  const std::string shell =
+      "source " FORETELL_SOURCE "/launch/mpi_env.sh; CUDA_VISIBLE_DEVICES=0 mpirun -np 2 " FORETELL_BINARY;
+  const std::string train = " train " + kQuickstart + " --dry-run --set train.device=";
+  expect_one_line(run_shell(shell + train + "cuda"), 2, "2 ranks and 1 GPU; start at most 1 rank");
+  const Outcome automatic = run_shell(shell + train + "auto");
+  EXPECT_EQ(automatic.exit_code, 0) << automatic.errors;
+  EXPECT_NE(automatic.errors.find("CPU cores"), std::string::npos) << automatic.errors;
+}
+
+TEST(BadInputCuda, APlanThatDoesNotFitIsRefusedBeforeAnythingIsLoaded) {
+  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU here: " << kernels::cuda_problem();
+  const TemporaryFolder folder;
+  support::prepare_tiny_data(folder.path());
+  configs::Config config = support::tiny_config(folder.path());
+  config.train.device = "cuda";
+  config.model.width = 16384;
+  config.model.ffn_width = 65536;
+  config.model.layers = 100;
+  const std::string file = write_text(folder.path() / "a.cfg", configs::to_ini(config));
+  const Outcome outcome = foretell("train " + file);
+  expect_one_line(outcome, 2, "the largest parts are");
+  EXPECT_NE(outcome.errors.find("lower train.micro_batch"), std::string::npos) << outcome.errors;
+  EXPECT_FALSE(std::filesystem::exists(config.log.run));
 }
 
 TEST(BadInput, OnTwoRanksOnlyOneSpeaks) {
@@ -56,8 +95,10 @@ TEST(BadInput, OnTwoRanksOnlyOneSpeaks) {
   expect_one_line(foretell_ranks(2, "train " + range), 2, "range.cfg:2: model.layers");
   expect_one_line(foretell_ranks(2, "train /nowhere/a.cfg"), 2, "/nowhere/a.cfg");
   expect_one_line(foretell_ranks(2, "train --resum auto x.cfg"), 2, "did you mean --resume?");
-  expect_one_line(foretell_ranks(2, "train " + kQuickstart + " --set train.device=cuda"), 2,
-                  "train.device = cuda");
+  expect_one_line(run_shell("export CUDA_VISIBLE_DEVICES=; source " FORETELL_SOURCE
+                            "/launch/mpi_env.sh; mpirun -np 2 " FORETELL_BINARY " train " +
+                            kQuickstart + " --set train.device=cuda"),
+                  2, "train.device = cuda");
   expect_one_line(foretell_ranks(2, "config list"), 2, "start it without mpirun");
 }
 

@@ -50,6 +50,7 @@ configs::Config tiny_config(const fs::path& folder) {
   c.data.path = (folder / "data").string();
   c.optim.lr = 3e-3;
   c.optim.warmup = 3;
+  c.train.device = "cpu";  // wherever the tests run
   c.train.steps = 8;
   c.train.batch = 7;
   c.train.micro_batch = 2;

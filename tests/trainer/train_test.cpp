@@ -12,6 +12,7 @@
 #include "kernels/core/error.h"
 #include "tests/support/tiny_run.h"
 #include "trainer/train/loop.h"
+#include "trainer/train/step.h"
 
 namespace {
 
@@ -215,6 +216,39 @@ TEST_F(Train, PlanCountsWhatARunTakes) {
   EXPECT_GT(saved, 0);
   EXPECT_EQ(plan.micro_batches_per_rank, 2);
   EXPECT_GT(plan.seconds_per_step, 0);
+}
+
+TEST_F(Train, PlanSaysWhatDoesNotFitAndWhatWouldHelp) {
+  auto config = tiny_config(folder_.path());
+  EXPECT_EQ(trainer::plan_memory(config, 257, 1, {}).problem, "");
+  config.model.layers = 400;
+  config.model.width = 32768;
+  config.model.ffn_width = 131072;
+  const std::string alone = trainer::plan_memory(config, 257, 1, {}).problem,
+                    several = trainer::plan_memory(config, 257, 4, {}).problem;
+  EXPECT_NE(alone.find("the largest parts are v "), std::string::npos) << alone;
+  EXPECT_NE(alone.find("lower train.micro_batch, model.context"), std::string::npos) << alone;
+  EXPECT_EQ(alone.find("comm.zero"), std::string::npos) << alone;
+  EXPECT_NE(several.find("comm.zero = 1"), std::string::npos) << several;
+}
+
+TEST_F(Train, PlanIsWhatAStepTakes) {
+  auto config = tiny_config(folder_.path());
+  const data::TokenDataset dataset(config.data.path, "train", config.model.context);
+  trainer::Model model(config, 257);
+  const data::BatchLoader loader(
+      dataset, {1, config.train.batch, config.train.micro_batch, config.model.context, model.offsets()});
+  model.parameters().allocate({}, kernels::DType::f16, true);
+  const auto ranks = comm::make_local_communicator();
+  const trainer::Stepper stepper(config, model, loader, *ranks, {});
+  std::map<std::string, int64_t> planned, taken;
+  for (const auto& row : trainer::plan_memory(config, 257, 1, {}).rows) planned[row.segment] += row.bytes;
+  for (const auto& arena : model.parameters().memory())
+    taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
+  const auto& step = stepper.memory();
+  for (const auto* arena : {step.saved.get(), step.scratch.get(), step.step.get()})
+    taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
+  EXPECT_EQ(planned, taken) << "to the byte";
 }
 
 TEST_F(Train, PlanShowsWhatShardsSave) {

@@ -69,6 +69,12 @@ StepMemory measure_step(const Model& model, const kernels::Context& ctx, const d
     model.forward_backward(dry, batch, step.seeds, *memory.saved, step.validation, {});
     model.evaluate(dry, batch, *memory.saved, step.validation);
   }
+  const ParameterStore& store = model.parameters();
+  kernels::OptimizerBuffers whole = store.buffers(), shard = store.shard();
+  const Tensor normaliser = step.seeds.slice(0, 1);  // as good as any
+  kernels::gradient_statistics(dry, store.segments(), normaliser, whole);
+  kernels::gradient_statistics(dry, store.shard_segments(), normaliser, shard);
+  kernels::adamw(dry, store.shard_segments(), normaliser, {}, shard);
   return memory;
 }
 
