@@ -130,8 +130,10 @@ int train_command(const Arguments& arguments, Job& job) {
   }
   watch_stop_signals();
   Stopwatch watch;
+  const auto gpus = comm::make_gpu_communicator(world, placement.ctx.device, placement.ctx.stream,
+                                                std::chrono::seconds(config.comm.deadline_seconds));
   const trainer::TrainResult result =
-      train(config, world, placement.ctx, value<std::string>(*values, "resume"));
+      train(config, gpus ? *gpus : world, placement.ctx, value<std::string>(*values, "resume"));
   if (speaks) print_end(config, result, watch.seconds());
   return result.reason == trainer::StopReason::finished ? 0 : kExitStopped;
 }

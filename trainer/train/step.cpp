@@ -261,6 +261,7 @@ std::optional<StepMetrics> Stepper::run(bool stop_requested) {
     enqueue({shape, m == first, m + 1 == last, attribute && m + 1 == last});
   }
   send_results(plan, attribute);
+  ranks_.watch();
   ++attempts_;
   if (in_flight_.size() <= late_) return {};
   return collect();
