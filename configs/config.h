@@ -127,7 +127,7 @@ struct TrainConfig {
   int64_t steps = 1000, batch = 32, micro_batch = 8, seed = 1, threads = 0, validate_every = 0,
           validate_batches = 8;
   std::string device = "auto", init_from, trainable = "all";
-  bool graph = true;
+  bool graph = true, deterministic = true;
   template <typename Visitor>
   void options(Visitor&& v) {
     v(steps, "steps", Range{1, 1e12}, "steps to train, skipped ones included");
@@ -136,6 +136,9 @@ struct TrainConfig {
     v(seed, "seed", Range{0, 9e15}, "seed of initial weights and data order");
     v(device, "device", Choices{"auto", "cpu", "cuda"},
       "where to compute; auto: on GPUs where every rank of a host can have one");
+    v(deterministic, "deterministic",
+      "on a GPU, the same bits in every run; false lets some gradients be summed in any order, which is "
+      "faster");
     v(graph, "graph", "on a GPU, replay each step as a CUDA graph");
     v(threads, "threads", Range{0, 4096},
       "CPU threads of a rank; 0 shares the cores among the ranks of a host");

@@ -119,15 +119,21 @@ TEST_F(Step, BatchesFillTheirShape) {
   const trainer::BatchShape shape = trainer::shape_of(batch, params);
   EXPECT_EQ(shape.rows, 4);
   EXPECT_EQ(shape.sequences, 3);
-  std::vector<char> block(trainer::batch_bytes(shape, 2), 'x');
-  trainer::pack_batch(batch, shape, block.data());
+  std::vector<char> block(trainer::batch_bytes(shape, params), 'x');
+  trainer::pack_batch(batch, shape, params, block.data());
   trainer::BlockCutter cutter(block.data());
-  const trainer::ModelBatch cut = trainer::cut_batch(cutter, shape, 2);
+  const trainer::ModelBatch cut = trainer::cut_batch(cutter, shape, params);
   const int32_t* cu = cut.cu_seqlens.as<int32_t>();
   EXPECT_EQ(std::vector<int32_t>(cu, cu + 4), (std::vector<int32_t>{0, 2, 4, 4}));
   EXPECT_EQ(cut.tokens.as<int32_t>()[3], 8);
   EXPECT_EQ(cut.targets.as<int32_t>()[2], 8);
   EXPECT_EQ(cut.weights.as<float>()[0], 1.0f);
+  EXPECT_FALSE(cut.hints.uniform);
+  EXPECT_EQ(cut.hints.longest, 64);
+  // Two sequences that fill a context of two rows each are all there is.
+  const trainer::BatchShape full = trainer::shape_of(batch, {1, 8, 3, 2, 2});
+  EXPECT_TRUE(full.uniform);
+  EXPECT_EQ(full.sequences, 2);
 }
 
 class StepCuda : public Step {

@@ -39,33 +39,42 @@ void Uploads::send(kernels::Stream stream, void* target, size_t bytes,
 }
 
 BatchShape shape_of(const data::Batch& batch, const data::LoaderParams& params) {
-  const int64_t sequences = static_cast<int64_t>(batch.cu_seqlens.size()) - 1;
-  return {batch.rows(), sequences <= params.micro_batch ? params.micro_batch : data::max_sequences(params)};
+  const int64_t rows = batch.rows(), sequences = static_cast<int64_t>(batch.cu_seqlens.size()) - 1;
+  // No sequence is longer than the context, so that as many as fill the rows are all as long.
+  if (sequences * params.context == rows) return {rows, sequences, true};
+  return {rows, sequences <= params.micro_batch ? params.micro_batch : data::max_sequences(params), false};
 }
 
-BatchShape largest_shape(const data::LoaderParams& params) {
-  return {data::row_buckets(params).back(), data::max_sequences(params)};
+std::vector<BatchShape> largest_shapes(const data::LoaderParams& params) {
+  const int64_t rows = data::row_buckets(params).back();
+  std::vector<BatchShape> shapes = {{rows, data::max_sequences(params), false},
+                                    {rows, params.micro_batch, false}};
+  if (params.micro_batch * params.context == rows) shapes.push_back({rows, params.micro_batch, true});
+  return shapes;
 }
 
-ModelBatch cut_batch(BlockCutter& block, const BatchShape& shape, int64_t offsets) {
+ModelBatch cut_batch(BlockCutter& block, const BatchShape& shape, const data::LoaderParams& params) {
   ModelBatch batch;
   batch.tokens = block.take(DType::i32, {shape.rows});
   batch.positions = block.take(DType::i32, {shape.rows});
   batch.cu_seqlens = block.take(DType::i32, {shape.sequences + 1});
-  batch.targets = block.take(DType::i32, {offsets, shape.rows});
-  batch.weights = block.take(DType::f32, {offsets, shape.rows});
+  batch.targets = block.take(DType::i32, {params.offsets, shape.rows});
+  batch.weights = block.take(DType::f32, {params.offsets, shape.rows});
+  batch.hints.longest = params.context;
+  batch.hints.uniform = shape.uniform;
   return batch;
 }
 
-size_t batch_bytes(const BatchShape& shape, int64_t offsets) {
+size_t batch_bytes(const BatchShape& shape, const data::LoaderParams& params) {
   BlockCutter measure(nullptr);
-  cut_batch(measure, shape, offsets);
+  cut_batch(measure, shape, params);
   return measure.bytes();
 }
 
-void pack_batch(const data::Batch& batch, const BatchShape& shape, void* block) {
+void pack_batch(const data::Batch& batch, const BatchShape& shape, const data::LoaderParams& params,
+                void* block) {
   BlockCutter cutter(block);
-  const ModelBatch to = cut_batch(cutter, shape, batch.offsets);
+  const ModelBatch to = cut_batch(cutter, shape, params);
   std::copy(batch.tokens.begin(), batch.tokens.end(), to.tokens.as<int32_t>());
   std::copy(batch.positions.begin(), batch.positions.end(), to.positions.as<int32_t>());
   int32_t* cu = std::copy(batch.cu_seqlens.begin(), batch.cu_seqlens.end(), to.cu_seqlens.as<int32_t>());

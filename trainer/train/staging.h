@@ -50,16 +50,19 @@ class Uploads {
 };
 
 // The shape of a micro-batch on the device, from a finite set: empty sequences fill up the number of
-// sequences.
+// sequences. Uniform: all of them are as long as the context, and there is nothing else.
 struct BatchShape {
   int64_t rows = 0, sequences = 0;
+  bool uniform = false;
   auto operator<=>(const BatchShape&) const = default;
 };
 BatchShape shape_of(const data::Batch& batch, const data::LoaderParams& params);
-BatchShape largest_shape(const data::LoaderParams& params);
-ModelBatch cut_batch(BlockCutter& block, const BatchShape& shape, int64_t offsets);
-size_t batch_bytes(const BatchShape& shape, int64_t offsets);
-void pack_batch(const data::Batch& batch, const BatchShape& shape, void* block);
+// The largest ones: what they need covers every other.
+std::vector<BatchShape> largest_shapes(const data::LoaderParams& params);
+ModelBatch cut_batch(BlockCutter& block, const BatchShape& shape, const data::LoaderParams& params);
+size_t batch_bytes(const BatchShape& shape, const data::LoaderParams& params);
+void pack_batch(const data::Batch& batch, const BatchShape& shape, const data::LoaderParams& params,
+                void* block);
 
 // What the host gives a step, and what ranks add up and agree on in it. Rank r of R.
 struct StepNumbers {

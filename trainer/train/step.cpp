@@ -41,14 +41,19 @@ struct StepTensors {
 StepTensors take(kernels::Arena& arena, const Model& model, const data::LoaderParams& params, int ranks) {
   const auto losses = static_cast<int64_t>(model.losses().size());
   const auto bytes = [](size_t n) { return kernels::Shape{static_cast<int64_t>(n)}; };
-  return {arena.allocate("batch", DType::u8, bytes(batch_bytes(largest_shape(params), params.offsets))),
+  size_t batch = 0;
+  for (const BatchShape& shape : largest_shapes(params)) batch = std::max(batch, batch_bytes(shape, params));
+  return {arena.allocate("batch", DType::u8, bytes(batch)),
           arena.allocate("numbers", DType::u8, bytes(numbers_bytes(losses, ranks))),
           arena.allocate("seeds", DType::f32, {losses}), arena.allocate("validation", DType::f64, {losses})};
 }
 
-ModelBatch view_batch(const Tensor& block, const BatchShape& shape, int64_t offsets) {
+ModelBatch view_batch(const Tensor& block, const BatchShape& shape, const data::LoaderParams& params,
+                      const configs::Config& config) {
   BlockCutter cutter(block.data, block.device);
-  return cut_batch(cutter, shape, offsets);
+  ModelBatch batch = cut_batch(cutter, shape, params);
+  batch.hints.deterministic = config.train.deterministic;
+  return batch;
 }
 
 }  // namespace
@@ -62,10 +67,8 @@ StepMemory measure_step(const Model& model, const kernels::Context& ctx, const d
   dry.scratch = memory.scratch.get();
   dry.rehearsal = true;
   const StepTensors step = take(*memory.step, model, params, ranks);
-  // A micro-batch with more but shorter sequences may need more of some things, so both kinds are rehearsed.
-  const BatchShape largest = largest_shape(params);
-  for (const BatchShape& shape : {largest, BatchShape{largest.rows, params.micro_batch}}) {
-    const ModelBatch batch = view_batch(step.batch, shape, params.offsets);
+  for (const BatchShape& shape : largest_shapes(params)) {
+    const ModelBatch batch = view_batch(step.batch, shape, params, model.config());
     model.forward_backward(dry, batch, step.seeds, *memory.saved, step.validation, {});
     model.evaluate(dry, batch, *memory.saved, step.validation);
   }
@@ -153,8 +156,8 @@ void Stepper::upload_numbers(const data::StepPlan& plan, bool stop_requested) {
 
 BatchShape Stepper::upload(const data::Batch& batch) {
   const BatchShape shape = shape_of(batch, loader_.params());
-  uploads_->send(ctx_.stream, batch_.data, batch_bytes(shape, batch.offsets),
-                 [&](void* slot) { pack_batch(batch, shape, slot); });
+  uploads_->send(ctx_.stream, batch_.data, batch_bytes(shape, loader_.params()),
+                 [&](void* slot) { pack_batch(batch, shape, loader_.params(), slot); });
   return shape;
 }
 
@@ -196,7 +199,7 @@ void Stepper::compute(const Work& work) {
 
 void Stepper::backward(const BatchShape& shape, bool reduce) {
   kernels::ArenaScope scope(*memory_.saved);
-  const ModelBatch batch = view_batch(batch_, shape, loader_.params().offsets);
+  const ModelBatch batch = view_batch(batch_, shape, loader_.params(), config_);
   model_.forward_backward(ctx_, batch, seeds_, *memory_.saved, numbers_.loss_sums, [&](int64_t begin) {
     if (reduce) reducer_->ready(begin);
     reducer_->progress();
@@ -320,7 +323,7 @@ std::vector<double> Stepper::validate(const data::BatchLoader& loader,
     const data::Batch batch = loader.load(micro_batches[m]);
     const BatchShape shape = upload(batch);
     kernels::ArenaScope scope(*memory_.saved);
-    model_.evaluate(ctx_, view_batch(batch_, shape, batch.offsets), *memory_.saved, validation_);
+    model_.evaluate(ctx_, view_batch(batch_, shape, loader_.params(), config_), *memory_.saved, validation_);
     for (size_t i = 0; i < count; ++i) {
       const float* w = batch.weights.data() + model_.losses()[i].offset * batch.rows();
       sums[count + i] += std::accumulate(w, w + batch.rows(), 0.0);
