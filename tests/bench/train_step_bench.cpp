@@ -7,6 +7,7 @@
 #include "kernels/core/stream.h"
 #include "tests/support/step_run.h"
 #include "tests/support/temporary_folder.h"
+#include "trainer/train/loop.h"
 
 namespace {
 
@@ -51,7 +52,10 @@ void gpu_step(benchmark::State& state, const std::string& name, const std::strin
   const kernels::Device gpu{kernels::Device::Kind::cuda, 0};
   const kernels::OwnedStream stream(gpu);
   state.SetLabel(kernels::describe(gpu));
-  support::StepRun run(config, kVocabulary, {gpu, stream.get(), nullptr, false});
+  const kernels::Context ctx{gpu, stream.get(), nullptr, false};
+  const trainer::Plan plan = trainer::plan_memory(config, kVocabulary, 1, ctx);
+  if (!plan.problem.empty()) return state.SkipWithError(plan.problem.c_str());
+  support::StepRun run(config, kVocabulary, ctx);
   run.steps(4);
   double tokens = 0;
   for (auto _ : state)
@@ -61,6 +65,7 @@ void gpu_step(benchmark::State& state, const std::string& name, const std::strin
       benchmark::Counter(static_cast<double>(state.iterations()) * kSteps / 1e3,
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
   const kernels::DeviceMemory memory = kernels::memory_of(gpu);
+  state.counters["planned_gib"] = static_cast<double>(plan.total_bytes) / (1 << 30);
   state.counters["memory_gib"] = static_cast<double>(memory.total - memory.free) / (1 << 30);
 }
 

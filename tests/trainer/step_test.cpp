@@ -3,12 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
-#include <numeric>
+#include <map>
 
 #include "kernels/core/stream.h"
 #include "tests/support/step_run.h"
 #include "tests/support/temporary_folder.h"
+#include "trainer/train/loop.h"
 
 namespace {
 
@@ -188,6 +190,20 @@ TEST_F(StepCuda, NeitherWaitsForTheDeviceNorTakesMemoryInAStep) {
     EXPECT_EQ(counters.synchronizations, waits) << "graph " << graph;
     EXPECT_EQ(counters.allocations, allocations) << "graph " << graph;
   }
+}
+
+TEST_F(StepCuda, PlanIsWhatAStepTakes) {
+  StepRun run(config(), kVocabulary, ctx_);
+  std::map<std::string, int64_t> planned, taken;
+  for (const auto& row : trainer::plan_memory(config(), kVocabulary, 1, ctx_).rows)
+    if (row.segment != "apart") planned[row.segment] += row.bytes;
+  for (const auto& arena : run.model().parameters().memory())
+    taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
+  const auto& step = run.stepper().memory();
+  for (const auto* arena : {step.saved.get(), step.scratch.get(), step.step.get()})
+    taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
+  EXPECT_EQ(planned, taken) << "to the byte";
+  run.steps(2);  // and what is planned is enough
 }
 
 TEST_F(StepCuda, OverflowSkipsTheStep) {
