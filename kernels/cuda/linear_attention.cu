@@ -78,7 +78,7 @@ __global__ void output_factors(SweepTask t, Rows o, T* g, float4* factors) {
   peak = warp_reduce<Max>(peak);
   float unit = 1;
   if constexpr (!std::is_same_v<T, G>) {
-    unit = power_of_two(min(max(exponent(peak), -100), 100));
+    if (peak > 0) unit = power_of_two(min(max(exponent(peak), -40), 40));
     Vector<T, kEach> rounded;
     for (int i = 0; i < kEach; ++i) rounded.at[i] = from_float<T>(x[i] /= unit);
     store_vector(g + row * t.heads * kWidth + at, rounded);
@@ -185,11 +185,10 @@ void backward_of_any(const Tensor& q, const Tensor& dout, const Tensor& o, Sweep
 
 }  // namespace
 
-SweepPlan plan_segments(int64_t rows, int64_t sequences, int64_t tasks) {
-  // Two blocks on each of an H200's multiprocessors; below kShortest rows a state costs more than it spares.
-  // Powers of two cut the usual lengths evenly.
-  constexpr uint64_t kBlocks = 264, kShortest = 512;
-  const auto even = static_cast<uint64_t>(rows * tasks) / kBlocks;
+SweepPlan plan_segments(int64_t rows, int64_t sequences, int64_t tasks, int64_t blocks) {
+  // Below kShortest rows a state costs more than it spares; powers of two cut the usual lengths evenly.
+  constexpr uint64_t kShortest = 512;
+  const auto even = static_cast<uint64_t>(rows * tasks / blocks);
   SweepPlan plan;
   plan.segment_rows = static_cast<int64_t>(std::bit_ceil(std::max(kShortest, even)));
   plan.states = rows / plan.segment_rows;

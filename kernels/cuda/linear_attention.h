@@ -9,8 +9,11 @@
 
 namespace kernels::cuda {
 
-// How N rows in S sequences are cut into segments; from sizes alone, so that results do not depend on the
-// GPU. state_floats: working memory per key head.
+// An H200's; a constant, so that results do not depend on the GPU.
+inline constexpr int64_t kMultiprocessors = 132;
+
+// How N rows in S sequences are cut into segments, from sizes alone. state_floats: working memory per key
+// head.
 struct SweepPlan {
   int64_t segment_rows = 0;
   int64_t slots = 0;   // of segments
@@ -18,8 +21,8 @@ struct SweepPlan {
   int64_t state_floats = 0;
 };
 
-// tasks: blocks that work on one segment.
-SweepPlan plan_segments(int64_t rows, int64_t sequences, int64_t tasks);
+// tasks: blocks that work on one segment; blocks: how many of them fill the GPU.
+SweepPlan plan_segments(int64_t rows, int64_t sequences, int64_t tasks, int64_t blocks);
 
 // Calls fn(integral_constant) for a sweep.
 template <class Fn>

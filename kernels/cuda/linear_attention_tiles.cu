@@ -77,7 +77,9 @@ void visit(DType compute, int width, Fn&& fn) {
 }  // namespace
 
 SweepPlan tile_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t width) {
-  SweepPlan plan = plan_segments(rows, sequences, heads);
+  SweepPlan plan = plan_segments(
+      rows, sequences, heads,
+      (width == 128 ? kBlocksPerMultiprocessor<128> : kBlocksPerMultiprocessor<64>)*kMultiprocessors);
   plan.state_floats = width * width + width;
   return plan;
 }

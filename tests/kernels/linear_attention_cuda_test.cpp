@@ -1,6 +1,9 @@
 // Linear attention on a GPU beyond the table of operation cases: decoding, and what only long sequences show.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <cmath>
+
 #include "kernels/core/stream.h"
 #include "tests/kernels/attention_decoder.h"
 
@@ -175,6 +178,72 @@ TEST(CudaLinearGraph, ADecodingStepIsRecordedOnce) {
     graph.launch(stream.get());
     kernels::synchronize(kCuda, stream.get());
     ASSERT_EQ(o.values(), eager.plain({t})) << t;
+  }
+}
+
+using Gradients = std::array<std::vector<double>, 3>;
+
+TensorBuffer fp16_normal(kernels::Shape shape, uint64_t seed) {
+  TensorBuffer x(DType::f16, shape);
+  x.fill_normal(seed);
+  return x;
+}
+
+// dq, dk and dv of one sequence of one head for a given do; inputs are the same fp16 numbers in every type.
+Gradients gradients(DType type, kernels::Device device, bool normalise, kernels::Shape shape,
+                    const std::vector<double>& dout_values) {
+  const DType out = normalise ? type : main_dtype(type);
+  TensorBuffer x[3], d[3], o(out, shape, device), dout(out, shape, device),
+      denominator(main_dtype(type), {shape[0], 1}, device), boundaries(DType::i32, {2}, device);
+  for (uint64_t i = 0; i < 3; ++i) {
+    x[i] = TensorBuffer(type, shape, device);
+    d[i] = TensorBuffer(type, shape, device);
+    x[i].set(fp16_normal(shape, i + 1).values());
+  }
+  dout.set(dout_values);
+  boundaries.set(std::vector<double>{0, static_cast<double>(shape[0])});
+  kernels::Arena scratch("scratch", device);
+  kernels::Context ctx{.device = device, .stream = {}, .scratch = &scratch, .rehearsal = true};
+  const auto run = [&] {
+    const kernels::LinearAttentionParams params{.normalise = normalise};
+    kernels::linear_attention(ctx, params, x[0], x[1], x[2], boundaries, o, denominator);
+    kernels::linear_attention_backward(ctx, params, dout, x[0], x[1], x[2], o, denominator, boundaries, d[0],
+                                       d[1], d[2]);
+  };
+  run();
+  scratch.place();
+  ctx.rehearsal = false;
+  run();
+  return {d[0].values(), d[1].values(), d[2].values()};
+}
+
+// Chunks whose rows carry no loss between chunks of small and of large gradients: each keeps its precision,
+// whatever scale it is given. Rounded on the way (2^-11 each): two features, a product, a state and the
+// result, and o through do . o; together, against the norm of the exact chunk, below 2^-8.
+TEST(CudaLinearAttention, GradientsOfAnySizeSideBySide) {
+  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
+  const kernels::Shape shape = {700, 1, 64};
+  auto dout = fp16_normal(shape, 9).values();
+  const auto chunk_of = [](size_t element) { return element / (64 * 64); };
+  for (size_t i = 0; i < dout.size(); ++i) {
+    const size_t chunk = chunk_of(i);
+    dout[i] *= chunk == 2 || chunk == 3 || chunk == 10 ? 0 : chunk % 2 == 0 ? 0x1p-8 : 0x1p-3;
+  }
+  for (const bool normalise : {true, false}) {
+    const Gradients given = gradients(DType::f16, kCuda, normalise, shape, dout),
+                    exact = gradients(DType::f64, {}, normalise, shape, dout);
+    for (size_t x = 0; x < 3; ++x) {
+      std::vector<double> error(11), size(11);
+      for (size_t i = 0; i < dout.size(); ++i) {
+        ASSERT_TRUE(std::isfinite(given[x][i]));
+        error[chunk_of(i)] += std::pow(given[x][i] - exact[x][i], 2);
+        size[chunk_of(i)] += std::pow(exact[x][i], 2);
+      }
+      // What lies below fp16's smallest number, 2^-24, has no precision to keep.
+      for (size_t chunk = 0; chunk < 11; ++chunk)
+        EXPECT_LE(std::sqrt(error[chunk]), 0x1p-8 * std::sqrt(size[chunk]) + 0x1p-24 * 64)
+            << "dq dk dv"[3 * x + 1] << ", chunk " << chunk;
+    }
   }
 }
 

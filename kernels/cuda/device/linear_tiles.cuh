@@ -201,7 +201,7 @@ class TileSweep {
       if constexpr (kSweep == Sweep::dv)
         p_exponent = normalise ? max(place - 14, 0) : 4;
       else
-        p_exponent = min(max(peak + 4, -100), 100);
+        p_exponent = min(max(peak + 4, -24), 24);  // chunks without any gradient stay in range
     }
   }
   __device__ void rescale_state(int e) {
