@@ -85,17 +85,16 @@ def attention(rows):
     return table
 
 
-def speculation():
-    path = RESULTS / "quickstart" / "report.json"
-    if not path.exists():
+def speculation(run, name):
+    report = read(f"{run}/report.json")
+    if not report:
         return []
-    report = json.loads(path.read_text())
-    table = [("quickstart, validation bits per byte", f"{report['validation_bits_per_byte']:.2f}",
+    table = [(f"{name}, validation bits per byte", f"{report['validation_bits_per_byte']:.2f}",
               "n-gram models of the same text: " + ", ".join(anchors(report)))]
     for r in report["results"]:
         if r["drafter"] in ("plain", "none"):
             continue
-        table.append((f"quickstart, {r['drafter']} ({r['shape']}), {r['acceptance']}, temperature {r['temperature']:g}",
+        table.append((f"{name}, {r['drafter']} ({r['shape']}), {r['acceptance']}, temperature {r['temperature']:g}",
                       f"{r['speedup']:.2f}x plain, {r['mean_accepted_length']:.2f} tokens a step",
                       f"plain: {report['baseline']['tokens_per_second']:,.0f} tokens/s; distinct-4 {r['distinct_4']:.2f}"))
     return table
@@ -141,12 +140,21 @@ def gpu_training():
             table.append(row)
     two = read("gpu_two.json")
     if two:
-        ours, peer = two["scaling"], two.get("peer", {})
+        peer, speed = two.get("peer", {}), two["tokens_per_second"]["both"]
         cell = f"{version_of(peer)}: {peer['scaling']:.2f} x one" if peer else "not measured"
+        ratio = f"{speed / peer['tokens_per_second'][1]:.2f}x" if peer else ""
         work = "GPT-2 124M on two GPUs, B32 on each"
-        ratio = f"{two['tokens_per_second'][1] / peer['tokens_per_second'][1]:.2f}x" if peer else ""
-        table.append((work, f"{ours:.2f} x one, {two['tokens_per_second'][1]:,} tokens/s", cell, ratio, "1.92 x one"))
+        table.append((work, f"{two['scaling']:.2f} x one, {speed:,} tokens/s", cell, ratio, "1.92 x one"))
     return table
+
+
+def gpu_memory():
+    b = find(benchmark("train_124m", "gpu"), "gpu_step/gpt2_124m/")
+    if not b or "planned_gib" not in b:
+        return []
+    planned, used = b["planned_gib"], b["memory_gib"]
+    found, off = f"planned {planned:.2f} GiB, used {used:.2f} GiB", f"within 5%; is {abs(planned / used - 1):.1%}"
+    return [("memory of a step of GPT-2 124M", found, "", "", off)]
 
 
 def gpu_linear_attention():
@@ -199,7 +207,8 @@ def gpu_proofs():
 
 
 def render_gpu():
-    rows = gpu_training() + gpu_linear_attention() + gpu_decoding() + gpu_proofs()
+    rows = gpu_training() + gpu_memory() + gpu_linear_attention() + gpu_decoding() + gpu_proofs()
+    rows += [(*row, "", "") for row in speculation("gpu_real", "124M on Python sources")]
     if not rows:
         return []
     contexts = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("gpu_*.json"))]
@@ -212,7 +221,8 @@ def render_gpu():
 def render():
     devices = [json.loads(p.read_text())["context"] for p in sorted(RESULTS.glob("cpu_*.json"))]
     lines = ["| what | Foretell | beside it |", "|---|---|---|"]
-    rows = training(benchmark("train_step")) + decoding(benchmark("linear")) + attention(benchmark("attention")) + speculation()
+    rows = training(benchmark("train_step")) + decoding(benchmark("linear")) + attention(benchmark("attention"))
+    rows += speculation("quickstart", "quickstart")
     lines += [f"| {a} | {b} | {c} |" for a, b, c in rows]
     names = sorted({d.get("device", d.get("host_name", "")) for d in devices} - {""})
     if names:

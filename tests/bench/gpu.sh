@@ -6,7 +6,7 @@
 #   two            tests and training on two GPUs            losses        50 steps from PyTorch's weights, beside PyTorch
 #   precision      fp16 with dynamic scaling beside fp32     real          the Python sources of this host: train, stop,
 #                                                                          resume on the other number of GPUs, evaluate
-# Without names all of them. Each writes tests/bench/results/gpu_*.json and says what it found; one that fails does not
+# Without names all of them (`two` where there are two). Each writes tests/bench/results/gpu_*.json and says what it found; one that fails does not
 # stop the others, and is named at the end (exit code 1). Environment:
 #   SHORT=1      small sizes: every part in a minute or two      RESULTS     folder of the results
 #   BUILD        a ready build; otherwise one is made in build-gpu      WORK   folder for data and runs (build-gpu-work)
@@ -180,21 +180,27 @@ part_decode() {
 }
 
 part_two() {
-  local out ranks count comm
+  local out count comm set
   count=$(gpu_count)
-  if [ "$count" -lt 2 ]; then echo "two: needs two GPUs, here is $count"; return; fi
+  if [ "$count" -lt 2 ]; then
+    echo "needs two GPUs, here is $count"
+    return 1
+  fi
   comm=$(program comm_test)
   [ -n "$comm" ]
   "$comm" --gtest_filter='*Cuda*' --gtest_brief=1
   prepare
-  for ranks in 1 2; do
-    train $ranks "$work/two_$ranks" gpt2_124m data.path="$work/joined" train.batch=$((32 * ranks)) train.micro_batch=32 \
-      train.steps="$(sized 200 60)" optim.warmup=20 train.validate_every=0 checkpoint.every=0
-  done
+  set=(data.path="$work/joined" train.micro_batch=32 train.steps="$(sized 200 60)" optim.warmup=20 optim.schedule=constant
+    train.validate_every=0 checkpoint.every=0)
+  train 1 "$work/two/one" gpt2_124m "${set[@]}" train.batch=32
+  train 2 "$work/two/both" gpt2_124m "${set[@]}" train.batch=64
+  train 2 "$work/two/sharded" gpt2_124m "${set[@]}" train.batch=64 comm.zero=1
+  # The same steps as both GPUs made, on one.
+  train 1 "$work/two/same" gpt2_124m "${set[@]}" train.batch=64 train.steps=20
   out=$(fresh two)
   peer "$out" train --steps "$steps"
   PEER_GPUS=2 peer "$out" train --steps "$steps"
-  result scaling "$results/gpu_two.json" "$work/two_1/metrics.jsonl" "$work/two_2/metrics.jsonl" "$out"
+  result scaling "$results/gpu_two.json" "$work/two" "$out"
 }
 
 part_losses() {
@@ -278,8 +284,10 @@ part_real() {
 }
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(parity sanitize gemm attention linear elementwise train_124m train_1558m linear_124m decode
-  two losses precision real)
+if [ ${#parts[@]} -eq 0 ]; then
+  parts=(parity sanitize gemm attention linear elementwise train_124m train_1558m linear_124m decode losses precision real)
+  if [ "$(gpu_count)" -gt 1 ]; then parts+=(two); fi
+fi
 failed=()
 for part in "${parts[@]}"; do
   if ! declare -F "part_$part" >/dev/null; then echo "gpu.sh: there is no part '$part'" >&2; exit 2; fi

@@ -14,7 +14,7 @@ constexpr int64_t kLength = 512;  // committed tokens
 
 // Argument: rows.
 void gpu_decode(benchmark::State& state, const std::string& preset) {
-  if (kernels::cuda_device_count() == 0) return state.SkipWithError("no GPU");
+  if (kernels::cuda_device_count() == 0) return state.SkipWithError(kernels::cuda_problem().c_str());
   const configs::Config config =
       configs::load_config(std::string(FORETELL_SOURCE) + "/configs/presets/" + preset + ".cfg", {});
   const kernels::Device gpu{kernels::Device::Kind::cuda, 0};

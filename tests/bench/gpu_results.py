@@ -5,7 +5,7 @@
     gpu_results.py benchmark FILE                a google-benchmark result holds figures, and names its GPU
     gpu_results.py tests OUT NAME=FILE...        the JSON reports of test programs
     gpu_results.py sanitizers OUT NAME=LOG...    the logs of compute-sanitizer
-    gpu_results.py scaling OUT ONE TWO [PEER..]  tokens per second of two runs' metrics.jsonl, and of the peer
+    gpu_results.py scaling OUT RUNS PEER         one GPU, both, both with ZeRO, and the same steps on one; the peer
     gpu_results.py losses OUT FP16 FP32 PEER     losses of two runs beside the peer's
     gpu_results.py precision OUT FP16 FP32       two runs on the same tokens
     gpu_results.py curve OUT METRICS             a run's curve, in a few hundred points
@@ -136,27 +136,36 @@ def steps_of(path):
     return [line for line in lines_of(path) if "loss" in line]
 
 
-def scaling(out, one, two, *peer):
-    speeds = []
-    for path in (one, two):
-        steps = steps_of(path)
-        timed = steps[max(1, len(steps) // 4) :]
-        tokens = timed[-1]["tokens"] - timed[0]["tokens"]
-        speeds.append(tokens / sum(s["step_ms"] for s in timed[1:]) * 1e3)
-    result = {"tokens_per_second": [round(s) for s in speeds], "scaling": round(speeds[1] / speeds[0], 4)}
-    rows = [row for path in peer for row in lines_of(path) if "tokens_per_second" in row]
+def furthest(a, b):
+    """Largest relative difference between two curves."""
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+
+def speed(steps):
+    timed = steps[max(1, len(steps) // 4) :]
+    return (timed[-1]["tokens"] - timed[0]["tokens"]) / sum(s["step_ms"] for s in timed[1:]) * 1e3
+
+
+def scaling(out, runs, peer):
+    """Ranks add the same micro-batches' gradients in another order: FP32 rounding, which 20 steps of FP16 training
+    make no larger than FP16's own 2^-10."""
+    steps = {name: steps_of(f"{runs}/{name}/metrics.jsonl") for name in ("one", "both", "sharded", "same")}
+    speeds = {name: speed(steps[name]) for name in ("one", "both", "sharded")}
+    result = {"tokens_per_second": {name: round(value) for name, value in speeds.items()}}
+    result["scaling"] = round(speeds["both"] / speeds["one"], 4)
+    same = [s["loss"] for s in steps["same"]]
+    result["difference_to_one_rank"] = {n: furthest([s["loss"] for s in steps[n]], same) for n in ("both", "sharded")}
+    rows = [row for row in lines_of(peer) if "tokens_per_second" in row]
     by_gpus = {row["gpus"]: row["tokens_per_second"] for row in rows}
     if 1 in by_gpus and 2 in by_gpus:
         result["peer"] = {"engine": rows[-1]["engine"], "versions": rows[-1]["versions"]}
         result["peer"]["tokens_per_second"] = [by_gpus[1], by_gpus[2]]
         result["peer"]["scaling"] = round(by_gpus[2] / by_gpus[1], 4)
     write(out, result)
-    return finish(f"two GPUs: {result['scaling']:.3f} x one ({speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s)", [])
-
-
-def furthest(a, b):
-    """Largest relative difference between two curves."""
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+    differences = result["difference_to_one_rank"]
+    problems = [f"{n}: the loss differs by {d:.2e} from one rank's" for n, d in differences.items() if d > 2**-10]
+    said = ", ".join(f"{name} {value:,.0f}" for name, value in speeds.items())
+    return finish(f"two GPUs: {result['scaling']:.3f} x one; tokens/s: {said}", problems)
 
 
 def losses(out, half, full, peer):
