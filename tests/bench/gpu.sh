@@ -6,8 +6,8 @@
 #   two            tests and training on two GPUs            losses        50 steps from PyTorch's weights, beside PyTorch
 #   precision      fp16 with dynamic scaling beside fp32     real          the Python sources of this host: train, stop,
 #                                                                          resume on the other number of GPUs, evaluate
-# Without names all of them (`two` where there are two). Each writes tests/bench/results/gpu_*.json and says what it found; one that fails does not
-# stop the others, and is named at the end (exit code 1). Environment:
+# Without names all of them (`two` where there are two GPUs). Each writes tests/bench/results/gpu_*.json and says what it
+# found; one that fails does not stop the others, and is named at the end (exit code 1). Environment:
 #   SHORT=1      small sizes: every part in a minute or two      RESULTS     folder of the results
 #   BUILD        a ready build; otherwise one is made in build-gpu      WORK   folder for data and runs (build-gpu-work)
 #   PYTHON       a Python with torch and CUDA (python3); the linear peers need flash-linear-attention
