@@ -103,7 +103,7 @@ __device__ __forceinline__ void write_gradient(T* row, const RowParts<T>& parts,
       const float p = factor * exp_fast(to_float(x.at[j]) - max);
       x.at[j] = from_float<T>(j == hit ? at_target : p);
     }
-    store_vector(body + v * N, x);
+    store_global(body + v * N, x);
   }
   const int single = parts.single(threadIdx.x, n);
   if (single >= 0)
@@ -117,7 +117,7 @@ __device__ void clear_row(T* row, const RowParts<T>& parts, int n) {
 #pragma unroll
   for (int j = 0; j < kVectorElements<T>; ++j) zero.at[j] = from_float<T>(0.0f);
   for (int v = threadIdx.x; v < parts.vectors; v += blockDim.x)
-    store_vector(row + parts.head + v * kVectorElements<T>, zero);
+    store_global(row + parts.head + v * kVectorElements<T>, zero);
   const int single = parts.single(threadIdx.x, n);
   if (single >= 0) row[single] = zero.at[0];
 }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) lookup_kernel(const Lookup l) {
         for (int j = 0; j < N; ++j) out.at[j] = from_float<T>(to_float(out.at[j]) + to_float(add.at[j]));
       }
     }
-    store_vector(y + c, out);
+    store_global(y + c, out);
   }
 }
 
@@ -72,10 +72,18 @@ struct Runs {
   int columns;
 };
 
-template <int N>
-__device__ __forceinline__ void add_to(float* p, const float (&sum)[N]) {
+// p = sum, or p += sum; in vectors where N allows.
+template <bool kAdd, int N>
+__device__ __forceinline__ void put(float* p, const float (&sum)[N]) {
+  constexpr int kWide = N % 4 == 0 ? 4 : 1;
 #pragma unroll
-  for (int j = 0; j < N; ++j) p[j] += sum[j];
+  for (int j = 0; j < N; j += kWide) {
+    Vector<float, kWide> v{};
+    if constexpr (kAdd) v = load_vector<float, kWide>(p + j);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) v.at[k] += sum[j + k];
+    store_global(p + j, v);
+  }
 }
 
 template <typename T, int N>
@@ -101,13 +109,10 @@ __global__ void __launch_bounds__(kThreads) pieces_kernel(const Runs r) {
       for (int j = 0; j < N; ++j) sum[j] += to_float(dy[i].at[j]);
       const bool ends = keys[i + 1] != keys[i];
       if (!ends && first + i + 1 < end) continue;
-      if (entered || !ends) {
-        float* part = r.open + (2 * piece + (entered ? 0 : 1)) * r.columns + c;
-#pragma unroll
-        for (int j = 0; j < N; ++j) part[j] = sum[j];
-      } else {
-        add_to(r.table + keys[i] * r.table_stride + c, sum);
-      }
+      if (entered || !ends)
+        put<false>(r.open + (2 * piece + (entered ? 0 : 1)) * r.columns + c, sum);
+      else
+        put<true>(r.table + keys[i] * r.table_stride + c, sum);
       entered = false;
 #pragma unroll
       for (int j = 0; j < N; ++j) sum[j] = 0;
@@ -147,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) long_runs_kernel(const Runs r) {
       for (int j = 0; j < N; ++j) sum[j] += part[i].at[j];
     }
   }
-  add_to(r.table + key * r.table_stride + c, sum);
+  put<true>(r.table + key * r.table_stride + c, sum);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -8,10 +8,10 @@ namespace kernels::cuda {
 namespace {
 
 struct Forward {
-  const void *residual, *branch, *x, *gain, *bias;
+  const void *x, *branch, *gain, *bias;  // y = norm(x), or sum = x + branch, y = norm(sum)
   void *sum, *y;
   float* statistics;
-  int64_t residual_stride, branch_stride, x_stride, sum_stride, y_stride, statistics_stride;
+  int64_t x_stride, branch_stride, sum_stride, y_stride, statistics_stride;
   int64_t rows;
   int columns;  // of a group
   bool layer;
@@ -21,12 +21,11 @@ struct Forward {
 template <typename X, typename Y>
 struct ForwardRow {
   const X* x;
-  const Y *residual, *branch, *gain, *bias;
+  const Y *branch, *gain, *bias;
   Y *sum, *y;
   __device__ ForwardRow(const Forward& f, int64_t row, int group) {
     const int64_t column = int64_t{group} * f.columns;
     x = static_cast<const X*>(f.x) + row * f.x_stride + column;
-    residual = static_cast<const Y*>(f.residual) + row * f.residual_stride + column;
     branch = static_cast<const Y*>(f.branch) + row * f.branch_stride + column;
     gain = static_cast<const Y*>(f.gain) + column;
     bias = f.bias ? static_cast<const Y*>(f.bias) + column : nullptr;
@@ -53,21 +52,26 @@ __global__ void __launch_bounds__(S::kThreads) forward_kernel(const Forward f) {
   const bool live = row < f.rows;
   const ForwardRow<X, Y> at(f, live ? row : 0, group);
   Vector<X, N> x[S::kVectors];
+  Vector<Y, N> branch[kResidual ? S::kVectors : 1];
 #pragma unroll
   for (int k = 0; k < S::kVectors; ++k) {
     const int c = (k * S::kLanes + lane) * N;
 #pragma unroll
     for (int j = 0; j < N; ++j) x[k].at[j] = from_float<X>(0.0f);
     if (!live || c >= f.columns) continue;
-    if constexpr (kResidual) {
-      const auto a = load_vector<Y, N>(at.residual + c), b = load_vector<Y, N>(at.branch + c);
-#pragma unroll
-      for (int j = 0; j < N; ++j) x[k].at[j] = from_float<Y>(to_float(a.at[j]) + to_float(b.at[j]));
-      store_vector(at.sum + c, x[k]);
-    } else {
-      x[k] = load_vector<X, N>(at.x + c);
-    }
+    x[k] = load_vector<X, N>(at.x + c);
+    if constexpr (kResidual) branch[k] = load_vector<Y, N>(at.branch + c);
   }
+  if constexpr (kResidual)
+#pragma unroll
+    for (int k = 0; k < S::kVectors; ++k) {
+      const int c = (k * S::kLanes + lane) * N;
+      if (!live || c >= f.columns) continue;
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        x[k].at[j] = from_float<Y>(to_float(x[k].at[j]) + to_float(branch[k].at[j]));
+      store_global(at.sum + c, x[k]);
+    }
   float mean = 0, squares = 0;
   if (f.layer) {
 #pragma unroll
@@ -98,9 +102,9 @@ __global__ void __launch_bounds__(S::kThreads) forward_kernel(const Forward f) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float v = (to_float(x[k].at[j]) - mean) * r * to_float(gain.at[j]);
-      y.at[j] = from_float<Y>(at.bias ? v + to_float(bias.at[j]) : v);
+      y.at[j] = from_float<Y>(v + to_float(bias.at[j]));
     }
-    store_vector(at.y + c, y);
+    store_global(at.y + c, y);
   }
 }
 
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(kAnyThreads) forward_any_kernel(const Forward 
   const ForwardRow<X, Y> at(f, row, group);
   const auto value = [&](int c) {
     if constexpr (kResidual)
-      return to_float(from_float<Y>(to_float(at.residual[c]) + to_float(at.branch[c])));
+      return to_float(from_float<Y>(to_float(at.x[c]) + to_float(at.branch[c])));
     else
       return to_float(at.x[c]);
   };
@@ -191,8 +195,8 @@ void residual_norm(const Context& ctx, const NormParams& params, const Tensor& r
                    const Tensor& gain, const Tensor& bias, Tensor sum, Tensor y, Tensor statistics) {
   if (y.numel() == 0) return;
   Forward f = forward_of(params, gain, bias, y, statistics);
-  f.residual = residual.data;
-  f.residual_stride = residual.row_stride;
+  f.x = residual.data;
+  f.x_stride = residual.row_stride;
   f.branch = branch.data;
   f.branch_stride = branch.row_stride;
   f.sum = sum.data;

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kVectors > 3 ? 1 : 512 / S::kT
         const float v = at.r * (h - mean - (to_float(x[k].at[j]) - at.mean) * at.r * slope);
         dx.at[j] = from_float<DX>(b.accumulate ? to_float(before.at[j]) + v : v);
       }
-      store_vector(at.dx + c, dx);
+      store_global(at.dx + c, dx);
     }
   }
   const int64_t share = int64_t{blockIdx.x} * b.all_columns + int64_t{group} * b.columns;

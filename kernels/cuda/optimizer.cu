@@ -217,10 +217,10 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const Update u, W* weig
       master.at[j] -= f.learning_rate * (step + decay * master.at[j]);
       w.at[j] = from_float<W>(master.at[j]);
     }
-    store_vector(u.m + i, m);
-    store_vector(u.v + i, v);
-    store_vector(u.master + i, master);
-    store_vector(weights + i, w);
+    store_global(u.m + i, m);
+    store_global(u.v + i, v);
+    store_global(u.master + i, master);
+    store_global(weights + i, w);
   });
 }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <string>
 
 #include "kernels/cuda/device/map.cuh"
@@ -10,8 +11,9 @@ namespace kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256, kLargestHalf = 256;
+constexpr int kAhead = 3;  // heads loaded before the first is rotated
 
-// theta^(-d / half), computed on the host in fp64.
+// Whole turns of the angle from one position to the next, theta^(-d / half) / 2 pi, computed on the host.
 struct Rates {
   double at[kLargestHalf];
 };
@@ -20,18 +22,15 @@ struct RotaryArguments {
   int64_t stride, rows;
   const int32_t* positions;
   int half, heads;
-  int vectors;           // of a half
+  uint32_t vectors;      // of a half
   int heads_per_thread;  // which share their angles
-  int groups;            // of heads
+  uint32_t groups;       // of heads
   float direction;
 };
 
-// The angle is reduced to [-pi, pi] in fp64: what is left of it is exact to half a unit of fp32.
-__device__ __forceinline__ void cosine_sine(double angle, float direction, float& c, float& s) {
-  constexpr double kTurn = 6.283185307179586477, kTurnRest = 2.4492935982947064e-16;
-  const double turns = rint(angle * (1 / kTurn));
-  const double rest = fma(-turns, kTurnRest, fma(-turns, kTurn, angle));
-  sincosf(static_cast<float>(rest), &s, &c);
+// Whole turns are taken off in fp64; what is left is exact to half a unit of fp32.
+__device__ __forceinline__ void cosine_sine(double turns, float direction, float& c, float& s) {
+  sincospif(2 * static_cast<float>(turns - rint(turns)), &s, &c);
   s *= direction;
 }
 
@@ -39,9 +38,8 @@ __device__ __forceinline__ void cosine_sine(double angle, float direction, float
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     rotary_kernel(T* x, const RotaryArguments a, const __grid_constant__ Rates rates) {
-  const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int vector = static_cast<int>(unit % a.vectors),
-            group = static_cast<int>(unit / a.vectors % a.groups);
+  const uint32_t unit = blockIdx.x * kThreads + threadIdx.x;  // no tensor has 2^32 of them
+  const int vector = unit % a.vectors, group = unit / a.vectors % a.groups;
   const int64_t row = unit / a.vectors / a.groups;
   if (row >= a.rows) return;
   const double position = a.positions[row];
@@ -50,19 +48,27 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int j = 0; j < N; ++j) cosine_sine(position * rates.at[d + j], a.direction, c[j], s[j]);
   const int first = group * a.heads_per_thread, last = min(a.heads, first + a.heads_per_thread);
-  T* at = x + row * a.stride + d;
-#pragma unroll 2
-  for (int h = first; h < last; ++h) {
-    T* head = at + h * 2 * a.half;
-    auto x1 = load_vector<T, N>(head), x2 = load_vector<T, N>(head + a.half);
+  for (int h = first; h < last; h += kAhead) {
+    T* at = x + row * a.stride + int64_t{h} * 2 * a.half + d;
+    Vector<T, N> low[kAhead], high[kAhead];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float u = to_float(x1.at[j]), v = to_float(x2.at[j]);
-      x1.at[j] = from_float<T>(fmaf(-v, s[j], u * c[j]));
-      x2.at[j] = from_float<T>(fmaf(u, s[j], v * c[j]));
+    for (int k = 0; k < kAhead; ++k) {
+      if (h + k >= last) break;
+      low[k] = load_vector<T, N>(at + k * 2 * a.half);
+      high[k] = load_vector<T, N>(at + k * 2 * a.half + a.half);
     }
-    store_vector(head, x1);
-    store_vector(head + a.half, x2);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (h + k >= last) break;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float u = to_float(low[k].at[j]), v = to_float(high[k].at[j]);
+        low[k].at[j] = from_float<T>(fmaf(-v, s[j], u * c[j]));
+        high[k].at[j] = from_float<T>(fmaf(u, s[j], v * c[j]));
+      }
+      store_global(at + k * 2 * a.half, low[k]);
+      store_global(at + k * 2 * a.half + a.half, high[k]);
+    }
   }
 }
 
@@ -70,10 +76,10 @@ template <typename T, int N>
 void rotate(const Context& ctx, const Tensor& x, RotaryArguments a, const Rates& rates) {
   // Angles cost more than the rotation: heads share them as long as the chip stays full.
   constexpr int64_t kFull = int64_t{1} << 18;
-  a.vectors = a.half / N;
+  a.vectors = static_cast<uint32_t>(a.half / N);
   const int64_t all = a.rows * a.heads * a.vectors;
   a.heads_per_thread = static_cast<int>(std::clamp<int64_t>(all / kFull, 1, a.heads));
-  a.groups = (a.heads + a.heads_per_thread - 1) / a.heads_per_thread;
+  a.groups = static_cast<uint32_t>((a.heads + a.heads_per_thread - 1) / a.heads_per_thread);
   const int64_t units = a.rows * a.vectors * a.groups;
   const auto blocks = static_cast<unsigned>((units + kThreads - 1) / kThreads);
   rotary_kernel<T, N><<<blocks, kThreads, 0, stream_of(ctx)>>>(static_cast<T*>(x.data), a, rates);
@@ -90,7 +96,8 @@ void rotary(const Context& ctx, Tensor x, const Tensor& positions, float theta, 
   if (x.numel() == 0) return;
   Rates rates;
   for (int64_t d = 0; d < half; ++d)
-    rates.at[d] = std::pow(static_cast<double>(theta), -static_cast<double>(d) / static_cast<double>(half));
+    rates.at[d] = std::pow(static_cast<double>(theta), -static_cast<double>(d) / static_cast<double>(half)) /
+                  (2 * std::numbers::pi);
   RotaryArguments a{};
   a.stride = x.row_stride;
   a.rows = x.rows();

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/core/dtype.h"
 #include "kernels/core/error.h"
@@ -40,6 +41,25 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
 template <typename T, int N>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& v) {
   *reinterpret_cast<Vector<T, N>*>(p) = v;
+}
+
+// The same to global memory, and at once: stores of members may be merged with those of another branch, after
+// which the rest is no longer wide.
+template <typename T, int N>
+__device__ __forceinline__ void store_global(T* p, const Vector<T, N>& v) {
+  if constexpr (sizeof(v) == 16) {
+    uint32_t word[4];
+    memcpy(word, &v, sizeof(v));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word[0]), "r"(word[1]),
+                 "r"(word[2]), "r"(word[3])
+                 : "memory");
+  } else if constexpr (sizeof(v) == 8) {
+    uint32_t word[2];
+    memcpy(word, &v, sizeof(v));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(word[0]), "r"(word[1]) : "memory");
+  } else {
+    store_vector(p, v);
+  }
 }
 
 // Calls fn with a value of the device type behind fp16, bf16 or fp32. fp64 exists on the CPU alone.

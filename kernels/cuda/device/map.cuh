@@ -49,12 +49,28 @@ __device__ __forceinline__ void map_vector(const Op& op, const Vector<X, N> (&x)
 template <class Op>
 inline constexpr int kMapVectors = Op::kInputs > 2 ? 2 : 4;
 
+// Behind the last whole vector of a row.
+template <class Op, typename X, typename Y>
+__device__ __forceinline__ void map_rest(const MapArguments<Op, X, Y>& a, const Op& op, int64_t row,
+                                         int64_t first) {
+  for (int64_t e = first; e < a.columns; e += a.across) {
+    Vector<X, 1> x[std::max(Op::kInputs, 1)];
+    Vector<Y, 1> y[Op::kOutputs];
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) x[i].at[0] = a.in[i][row * a.in_stride[i] + e];
+    map_vector<Op, X, Y, 1>(op, x, y);
+#pragma unroll
+    for (int o = 0; o < Op::kOutputs; ++o) a.out[o][row * a.out_stride[o] + e] = y[o].at[0];
+  }
+}
+
 template <class Op, typename X, typename Y, int N>
 __global__ void __launch_bounds__(kMapThreads) map_kernel(const MapArguments<Op, X, Y> a, const Op op) {
   constexpr int kVectors = kMapVectors<Op>;
   const unsigned lane = threadIdx.x & (a.across - 1), in_block = threadIdx.x / a.across;
+  const unsigned strip = blockIdx.x % a.strips;
   const int64_t row = int64_t{blockIdx.x / a.strips} * (kMapThreads / a.across) + in_block;
-  const int64_t first = (int64_t{blockIdx.x % a.strips} * kVectors * a.across + lane) * N;
+  const int64_t first = (int64_t{strip} * kVectors * a.across + lane) * N;
   if (row >= a.rows) return;
   Vector<X, N> x[kVectors][std::max(Op::kInputs, 1)];
 #pragma unroll
@@ -67,23 +83,13 @@ __global__ void __launch_bounds__(kMapThreads) map_kernel(const MapArguments<Op,
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int64_t c = first + int64_t{v} * a.across * N;
-    if (c + N <= a.columns) {
-      Vector<Y, N> y[Op::kOutputs];
-      map_vector<Op, X, Y, N>(op, x[v], y);
+    if (c + N > a.columns) continue;
+    Vector<Y, N> y[Op::kOutputs];
+    map_vector<Op, X, Y, N>(op, x[v], y);
 #pragma unroll
-      for (int o = 0; o < Op::kOutputs; ++o) store_vector(a.out[o] + row * a.out_stride[o] + c, y[o]);
-    } else {
-      for (int64_t e = c; e < a.columns; ++e) {
-        Vector<X, 1> one[std::max(Op::kInputs, 1)];
-        Vector<Y, 1> y[Op::kOutputs];
-#pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) one[i].at[0] = a.in[i][row * a.in_stride[i] + e];
-        map_vector<Op, X, Y, 1>(op, one, y);
-#pragma unroll
-        for (int o = 0; o < Op::kOutputs; ++o) a.out[o][row * a.out_stride[o] + e] = y[o].at[0];
-      }
-    }
+    for (int o = 0; o < Op::kOutputs; ++o) store_global(a.out[o] + row * a.out_stride[o] + c, y[o]);
   }
+  if (N > 1 && strip + 1 == a.strips) map_rest(a, op, row, a.columns / N * N + lane);
 }
 
 template <class Op, typename X, typename Y = X>

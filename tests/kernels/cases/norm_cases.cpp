@@ -106,7 +106,7 @@ std::vector<OpCase> norm_cases() {
       // Every way a GPU spreads a row, and more rows than a grid's second dimension has.
       large(
           norm_case("rms_many_rows", rms, {.rows = 66003, .cols = 8}, Type::compute, Gradient::accumulated)),
-      large(norm_case("layer_768", layer, {.rows = 600, .cols = 768}, Type::compute, Gradient::written)),
+      large(norm_case("layer_768", layer, {.rows = 75, .cols = 768}, Type::compute, Gradient::written)),
       large(norm_case("layer_1600", layer, {.rows = 37, .cols = 1600}, Type::compute, Gradient::accumulated)),
       large(norm_case("rms_4096_main", rms, {.rows = 19, .cols = 4096}, Type::main, Gradient::accumulated)),
       large(norm_case("layer_wide", layer, {.rows = 5, .cols = 9000}, Type::compute, Gradient::written)),

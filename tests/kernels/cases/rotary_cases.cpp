@@ -35,7 +35,7 @@ std::vector<OpCase> rotary_cases() {
       rotary_case("heads", {6, 3, 32}, 10000.0f),
       rotary_case("odd_half", {5, 2, 14}, 500.0f),
       rotary_case("smallest", {4, 1, 2}, 10000.0f),
-      large(rotary_case("many_rows", {66001, 1, 16}, 10000.0f)),
+      large(rotary_case("many_rows", {66001, 1, 4}, 10000.0f)),
       large(rotary_case("many_heads", {40, 25, 128}, 10000.0f)),
       rotary_case("threads", {150, 2, 64}, 10000.0f),
   };
