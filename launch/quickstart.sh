@@ -53,7 +53,9 @@ if [ -z "${QUICKSTART_PROGRAM:-}" ]; then
   launch/setup.sh
 
   stage "building into build/"
-  [ -f build/build.ninja ] || cmake --preset release >/dev/null
+  # Compiling for GPUs takes longer than all the rest: not on a machine that has none.
+  cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
+  [ -f build/build.ninja ] || cmake --preset release -DFORETELL_CUDA="$cuda" >/dev/null
   cmake --build --preset release
 fi
 
@@ -63,7 +65,8 @@ if [ -f "$prepared/dataset.json" ]; then
 else
   mapfile -t training < <(present "${training[@]}")
   mapfile -t held_out < <(present "${held_out[@]}")
-  "$foretell" prepare --input "${training[@]}" --validation-input "${held_out[@]}" --output "$prepared"
+  "$foretell" prepare --input "${training[@]}" --validation-input "${held_out[@]}" \
+    --tokenizer sentencepiece:1024 --output "$prepared"
 fi
 
 stage "training on two ranks"
