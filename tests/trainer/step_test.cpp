@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <map>
@@ -10,6 +11,8 @@
 #include "kernels/core/stream.h"
 #include "tests/support/step_run.h"
 #include "tests/support/temporary_folder.h"
+#include "tests/support/tiny_run.h"
+#include "trainer/model/heads/vocabulary.h"
 #include "trainer/train/loop.h"
 
 namespace {
@@ -137,6 +140,26 @@ TEST_F(Step, BatchesFillTheirShape) {
   const trainer::BatchShape full = trainer::shape_of(batch, {1, 8, 3, 2, 2});
   EXPECT_TRUE(full.uniform);
   EXPECT_EQ(full.sequences, 2);
+  // Memory is measured for every shape that a data set of sequences of all lengths gives.
+  support::prepare_tiny_data(folder_.path() / "text");
+  const data::TokenDataset dataset(folder_.path() / "text" / "data", "train", 64);
+  const data::BatchLoader loader(dataset, {1, 7, 3, 64, 2});
+  const auto known = trainer::batch_shapes(loader.params());
+  for (int step = 0; step < 30; ++step)
+    for (const auto& samples : loader.plan(step).micro_batches) {
+      const auto given = trainer::shape_of(loader.load(samples), loader.params());
+      EXPECT_EQ(std::count(known.begin(), known.end(), given), 1) << given.rows << " rows";
+    }
+}
+
+TEST_F(Step, LogitsOnAGpuComeInFewEqualParts) {
+  const kernels::Device gpu{kernels::Device::Kind::cuda, 0};
+  EXPECT_EQ(trainer::logit_rows(gpu, 32768, 50304, kernels::DType::f16), 16384) << "3.3 GB, 2 GiB at once";
+  EXPECT_EQ(trainer::logit_rows(gpu, 1000, 50304, kernels::DType::f16), 1000);
+  EXPECT_EQ(trainer::logit_rows({}, 32768, 50304, kernels::DType::f16), 512);
+  const int64_t rows = trainer::logit_rows(gpu, 40001, 100000, kernels::DType::f32);
+  EXPECT_LE(rows * 100000 * 4, (int64_t{2} << 30) + 128 * 100000 * 4) << "a part is rounded up";
+  EXPECT_LT((40001 + rows - 1) / rows * rows - 40001, rows);
 }
 
 class StepCuda : public Step {

@@ -45,11 +45,13 @@ BatchShape shape_of(const data::Batch& batch, const data::LoaderParams& params) 
   return {rows, sequences <= params.micro_batch ? params.micro_batch : data::max_sequences(params), false};
 }
 
-std::vector<BatchShape> largest_shapes(const data::LoaderParams& params) {
-  const int64_t rows = data::row_buckets(params).back();
-  std::vector<BatchShape> shapes = {{rows, data::max_sequences(params), false},
-                                    {rows, params.micro_batch, false}};
-  if (params.micro_batch * params.context == rows) shapes.push_back({rows, params.micro_batch, true});
+std::vector<BatchShape> batch_shapes(const data::LoaderParams& params) {
+  std::vector<BatchShape> shapes;
+  for (const int64_t rows : data::row_buckets(params)) {
+    for (const int64_t sequences : {params.micro_batch, data::max_sequences(params)})
+      shapes.push_back({rows, sequences, false});
+    if (rows % params.context == 0) shapes.push_back({rows, rows / params.context, true});
+  }
   return shapes;
 }
 

@@ -57,8 +57,8 @@ struct BatchShape {
   auto operator<=>(const BatchShape&) const = default;
 };
 BatchShape shape_of(const data::Batch& batch, const data::LoaderParams& params);
-// The largest ones: what they need covers every other.
-std::vector<BatchShape> largest_shapes(const data::LoaderParams& params);
+// All there can be.
+std::vector<BatchShape> batch_shapes(const data::LoaderParams& params);
 ModelBatch cut_batch(BlockCutter& block, const BatchShape& shape, const data::LoaderParams& params);
 size_t batch_bytes(const BatchShape& shape, const data::LoaderParams& params);
 void pack_batch(const data::Batch& batch, const BatchShape& shape, const data::LoaderParams& params,

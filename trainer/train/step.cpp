@@ -42,7 +42,7 @@ StepTensors take(kernels::Arena& arena, const Model& model, const data::LoaderPa
   const auto losses = static_cast<int64_t>(model.losses().size());
   const auto bytes = [](size_t n) { return kernels::Shape{static_cast<int64_t>(n)}; };
   size_t batch = 0;
-  for (const BatchShape& shape : largest_shapes(params)) batch = std::max(batch, batch_bytes(shape, params));
+  for (const BatchShape& shape : batch_shapes(params)) batch = std::max(batch, batch_bytes(shape, params));
   return {arena.allocate("batch", DType::u8, bytes(batch)),
           arena.allocate("numbers", DType::u8, bytes(numbers_bytes(losses, ranks))),
           arena.allocate("seeds", DType::f32, {losses}), arena.allocate("validation", DType::f64, {losses})};
@@ -67,7 +67,7 @@ StepMemory measure_step(const Model& model, const kernels::Context& ctx, const d
   dry.scratch = memory.scratch.get();
   dry.rehearsal = true;
   const StepTensors step = take(*memory.step, model, params, ranks);
-  for (const BatchShape& shape : largest_shapes(params)) {
+  for (const BatchShape& shape : batch_shapes(params)) {
     const ModelBatch batch = view_batch(step.batch, shape, params, model.config());
     model.forward_backward(dry, batch, step.seeds, *memory.saved, step.validation, {});
     model.evaluate(dry, batch, *memory.saved, step.validation);
