@@ -23,7 +23,7 @@ void count(benchmark::State& state, double tokens) {
 }
 
 void training_step(benchmark::State& state, const std::string& compute) {
-  constexpr int64_t kVocabulary = 2048;
+  constexpr int64_t kVocabulary = 1024;
   const support::TemporaryFolder folder;
   configs::Config config = preset("quickstart", folder.path());
   config.train.batch = config.train.micro_batch = 8;  // one micro-batch a step, as the peer

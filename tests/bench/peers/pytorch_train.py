@@ -32,7 +32,7 @@ def arguments():
         ("heads", 4, "query heads"),
         ("kv-heads", 0, "key/value heads; 0: as many as query heads"),
         ("ffn-width", 704, "hidden channels of the feed-forward layer"),
-        ("vocabulary", 2048, "tokens of the vocabulary"),
+        ("vocabulary", 1024, "tokens of the vocabulary"),
         ("context", 256, "tokens of a sequence"),
         ("micro-batch", 8, "sequences of a step"),
         ("medusa", 3, "Medusa heads"),
