@@ -152,9 +152,6 @@ TEST_P(OpCases, SmallTypesAgreeWithFp64) {
 class CudaOpCases : public OpCases {};
 TEST_P(CudaOpCases, AgreeWithFp64OnTheCpu) {
   if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
-  const auto is_f64 = [](const auto& tensor) { return tensor.type == support::Type::f64; };
-  if (op().operation == "cast" && (is_f64(op().inputs[0]) || is_f64(op().outputs[0])))
-    GTEST_SKIP() << "fp64 is computed with on the CPU alone";
   for (DType compute : op().types) {
     SCOPED_TRACE(kernels::name_of(compute));
     check_against_fp64(op(), compute, {kernels::Device::Kind::cuda, 0});
