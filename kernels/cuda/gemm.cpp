@@ -21,7 +21,7 @@ namespace kernels::cuda {
 
 namespace {
 
-constexpr int kCandidates = 8;
+constexpr int kCandidates = 24;
 
 void check_blas(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
@@ -65,7 +65,7 @@ void set(const Preference& p, cublasLtMatmulPreferenceAttributes_t attribute, co
 }
 
 // What decides which kernels can compute a product, and how fast each is.
-using Key = std::array<int64_t, 16>;
+using Key = std::array<int64_t, 18>;
 
 // How a pointer is aligned, up to the widest access.
 int64_t alignment(const Tensor& t) {
@@ -87,6 +87,8 @@ Key key_of(const Product& p) {
           alignment(p.c),
           alignment(p.aux),
           alignment(p.bias),
+          p.addend.row_stride,
+          alignment(p.addend),
           static_cast<int64_t>(p.a.dtype),
           static_cast<int64_t>(p.c.dtype),
           p.transposed_a * 1 + p.transposed_b * 2 + p.accumulate * 4 + static_cast<int64_t>(p.epilogue) * 8};
@@ -135,7 +137,7 @@ void set_pointers(const Description& d, const Product& p) {
 // A product as the library knows it; without an algorithm when the library has none.
 struct Plan {
   Description description;
-  Layout a, b, c;
+  Layout a, b, c, addend;
   std::optional<cublasLtMatmulAlgo_t> algorithm;
 };
 
@@ -156,7 +158,8 @@ class Products {
     if (found == plans_.end()) found = plans_.emplace(key_of(p), make_plan(ctx, p)).first;
     const Plan& plan = found->second;
     if (!plan.algorithm) {
-      if (p.epilogue == Epilogue::none) throw DeviceError("cuBLASLt has no kernel for this matrix product");
+      if (p.epilogue == Epilogue::none && !p.addend)
+        throw DeviceError("cuBLASLt has no kernel for this matrix product");
       return false;
     }
     set_pointers(plan.description, p);
@@ -166,7 +169,9 @@ class Products {
 
  private:
   Plan make_plan(const Context& ctx, const Product& p) {
-    Plan plan{describe(p), layout_of(p.a), layout_of(p.b), layout_of(p.c), std::nullopt};
+    Plan plan{
+        describe(p), layout_of(p.a), layout_of(p.b), layout_of(p.c), layout_of(p.addend ? p.addend : p.c),
+        std::nullopt};
     set_pointers(plan.description, p);
     const auto candidates = suggestions(p, plan);
     if (candidates.empty()) return plan;
@@ -188,12 +193,13 @@ class Products {
         static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<uint32_t>(alignment(p.b)));
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(alignment(p.a)));
-    set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(alignment(p.c)));
+    set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        static_cast<uint32_t>(alignment(p.addend ? p.addend : p.c)));
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(alignment(p.c)));
     std::array<cublasLtMatmulHeuristicResult_t, kCandidates> results{};
     int count = 0;
     const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        handle_, plan.description.get(), plan.b.get(), plan.a.get(), plan.c.get(), plan.c.get(),
+        handle_, plan.description.get(), plan.b.get(), plan.a.get(), plan.addend.get(), plan.c.get(),
         preference.get(), kCandidates, results.data(), &count);
     if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return {};
     check_blas(status, "choosing a matrix product");
@@ -246,10 +252,11 @@ class Products {
 
   cublasStatus_t run(const Context& ctx, const Product& p, const Plan& plan,
                      const cublasLtMatmulAlgo_t& algorithm, void* c) const {
-    const float one = 1, beta = p.accumulate ? 1 : 0;
+    const float one = 1, beta = p.accumulate || p.addend ? 1 : 0;
+    const void* before = p.addend ? p.addend.data : c;
     return cublasLtMatmul(handle_, plan.description.get(), &one, p.b.data, plan.b.get(), p.a.data,
-                          plan.a.get(), &beta, c, plan.c.get(), c, plan.c.get(), &algorithm, workspace_,
-                          workspace_bytes_, stream_of(ctx));
+                          plan.a.get(), &beta, before, plan.addend.get(), c, plan.c.get(), &algorithm,
+                          workspace_, workspace_bytes_, stream_of(ctx));
   }
 
   static constexpr int kRounds = 3;

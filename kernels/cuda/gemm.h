@@ -1,6 +1,6 @@
 #pragma once
 // Matrix products through cuBLASLt, sums in fp32 (fp32 operands: no TF32).
-//   c (M, N) = epilogue(op(a) op(b)), or c += op(a) op(b)     op(a) (M, K), op(b) (K, N)
+//   c (M, N) = epilogue(op(a) op(b) + addend), or c += op(a) op(b)     op(a) (M, K), op(b) (K, N)
 // a and b of one type (fp16, bf16, fp32); c of that type or fp32. Rows may be strided.
 //
 // Which of the library's kernels computes a product is decided at its first use in the process, per device,
@@ -26,10 +26,11 @@ struct Product {
   bool accumulate = false;  // with no epilogue only
   Epilogue epilogue = Epilogue::none;
   Tensor bias = {}, aux = {};  // aux (M, N) of c's type
+  Tensor addend = {};          // (M, N) of c's type, other memory than c: added to the product before a gelu
 };
 
-// False, and nothing done, when the library has no kernel for it: only a product with an epilogue can lack
-// one.
+// False, and nothing done, when the library has no kernel for it: only a product with an epilogue or an
+// addend can lack one.
 bool multiply(const Context& ctx, const Product& product);
 
 }  // namespace kernels::cuda

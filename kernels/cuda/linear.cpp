@@ -46,6 +46,21 @@ void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
   kernels::gelu(ctx, sum, y);
 }
 
+void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, const Tensor& residual,
+                Tensor y) {
+  if (x.rows() == 0) return;
+  const Product fused{.a = x,
+                      .b = w.matrix,
+                      .c = y,
+                      .transposed_b = true,
+                      .epilogue = w.bias ? Epilogue::bias : Epilogue::none,
+                      .bias = w.bias,
+                      .addend = residual};
+  if (multiply(ctx, fused)) return;
+  cuda::linear(ctx, x, w, y);
+  kernels::add(ctx, residual, y, y);
+}
+
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate) {
   if (dy.rows() == 0) return;

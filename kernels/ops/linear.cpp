@@ -2,6 +2,8 @@
 
 #include <atomic>
 
+#include "kernels/ops/activation.h"
+
 namespace kernels {
 
 namespace {
@@ -84,6 +86,20 @@ void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::linear_gelu(ctx, x, w, pre, y);
   return cpu::linear_gelu(ctx, x, w, pre, y);
+}
+
+void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, const Tensor& residual,
+                Tensor y) {
+  check_forward("linear_add", x, w, y);
+  check_dtype("linear_add", "y", y, x.dtype);
+  check_shape("linear_add", "residual", residual, y.shape);
+  check_dtype("linear_add", "residual", residual, x.dtype);
+  if (ctx.rehearsal) return;
+  const bool alone = w.panels && x.rows() <= kMaxDecodeRows;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda() && !alone) return cuda::linear_add(ctx, x, w, residual, y);
+  linear(ctx, x, w, y);
+  add(ctx, residual, y, y);
 }
 
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,

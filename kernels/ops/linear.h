@@ -11,8 +11,14 @@
 //   linear_gelu                  pre = x W^T + b, y = gelu(pre)      pre is saved for the backward
 //   linear_backward_input_gelu   dpre = (dy W) * gelu'(pre)          written; W is the layer behind the gelu
 //
-// dtypes: x, W, dy, dx, pre, dpre in one compute type; y in the compute type or fp32 (logits). Sums are held
-// in fp32 (fp64 for fp64). Rows may be strided.
+// or with the residual that its result is added to:
+//
+//   linear_add                   y = x W^T + b + residual            y is not the residual; the product may
+//   be
+//                                                                    rounded before it is added
+//
+// dtypes: x, W, dy, dx, pre, dpre, residual in one compute type; y in the compute type or fp32 (logits). Sums
+// are held in fp32 (fp64 for fp64). Rows may be strided.
 //
 // Two ways of computing the forward:
 //  - a matrix product over any number of rows (training), and
@@ -44,6 +50,7 @@ Shape panels_shape(const Tensor& matrix);
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 // `pre` may be empty where no backward follows.
 void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
+void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, const Tensor& residual, Tensor y);
 // dx = dy W, or dx += dy W.
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate = false);
@@ -82,6 +89,8 @@ void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y
 // With `gelu`, y = gelu(x W^T + b).
 void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu = false);
 void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
+// Without panels.
+void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, const Tensor& residual, Tensor y);
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate);
 void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "kernels/core/error.h"
-#include "kernels/ops/activation.h"
 #include "kernels/ops/rotary.h"
 
 namespace trainer {
@@ -99,12 +98,20 @@ void Block::forward(const Context& ctx, const Tensor& x, const RowPlan& plan, At
   else
     attention_->forward(ctx, split(saved.qkv, plan), saved.attention_out, saved.attention, arena);
 
+  add_attention(ctx, x, saved, alone);
+  mlp_.forward(ctx, saved.mlp_in, saved.middle, y, saved.mlp, alone);
+}
+
+// A GPU's matrix product adds the residual while it waits for nothing; everywhere else the norm does.
+void Block::add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const {
+  if (ctx.device.is_cuda() && !alone) {
+    output_.forward_add(ctx, saved.attention_out, x, saved.middle);
+    return mlp_norm_.forward(ctx, saved.middle, saved.mlp_in, saved.mlp_statistics);
+  }
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor branch = ctx.scratch->allocate("branch", x.dtype, x.shape);
   output_.forward(ctx, saved.attention_out, branch, alone);
   mlp_norm_.forward(ctx, x, branch, saved.middle, saved.mlp_in, saved.mlp_statistics);
-  mlp_.forward(ctx, saved.mlp_in, branch, saved.mlp, alone);
-  kernels::add(ctx, saved.middle, branch, y);
 }
 
 void Block::backward_attention(const Context& ctx, const RowPlan& plan, const Saved& saved, const Tensor& d,

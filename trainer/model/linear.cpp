@@ -4,6 +4,15 @@
 
 namespace trainer {
 
+namespace {
+// Calls fn(begin, count) for as many rows as a row-invariant kernel takes at a time, or for all at once.
+template <typename Fn>
+void for_parts(int64_t rows, bool rows_alone, Fn fn) {
+  const int64_t most = rows_alone ? kernels::kMaxDecodeRows : rows;
+  for (int64_t begin = 0; begin < rows; begin += most) fn(begin, std::min(most, rows - begin));
+}
+}  // namespace
+
 Linear::Linear(ParameterStore& store, int first, int last, int bias, int last_bias)
     : store_(&store), first_(first), last_(last), bias_(bias), last_bias_(std::max(bias, last_bias)) {}
 
@@ -19,20 +28,44 @@ int64_t Linear::bytes() const {
   return outputs() * inputs() * static_cast<int64_t>(kernels::size_of(store_->compute()));
 }
 
-void Linear::forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone) const {
+kernels::LinearWeight Linear::weight(bool rows_alone) const {
   kernels::LinearWeight w{store_->fused_weight(first_, last_), {}, {}};
   if (bias_ >= 0) w.bias = store_->fused_weight(bias_, last_bias_);
-  if (!rows_alone) return kernels::linear(ctx, x, w, y);
+  if (!rows_alone) return w;
   if (!panels_) throw kernels::ShapeError("decoding needs packed weights: call prepare_decoding first");
   w.panels = panels_;
-  for (int64_t begin = 0; begin < x.rows(); begin += kernels::kMaxDecodeRows) {
-    const int64_t count = std::min(kernels::kMaxDecodeRows, x.rows() - begin);
+  return w;
+}
+
+void Linear::forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone) const {
+  const kernels::LinearWeight w = weight(rows_alone);
+  for_parts(x.rows(), rows_alone, [&](int64_t begin, int64_t count) {
     kernels::linear(ctx, x.slice(begin, count), w, y.slice(begin, count));
-  }
+  });
+}
+
+void Linear::forward_gelu(const Context& ctx, const Tensor& x, Tensor pre, Tensor y, bool rows_alone) const {
+  const kernels::LinearWeight w = weight(rows_alone);
+  for_parts(x.rows(), rows_alone, [&](int64_t begin, int64_t count) {
+    kernels::linear_gelu(ctx, x.slice(begin, count), w, pre ? pre.slice(begin, count) : Tensor{},
+                         y.slice(begin, count));
+  });
+}
+
+void Linear::forward_add(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y,
+                         bool rows_alone) const {
+  const kernels::LinearWeight w = weight(rows_alone);
+  for_parts(x.rows(), rows_alone, [&](int64_t begin, int64_t count) {
+    kernels::linear_add(ctx, x.slice(begin, count), w, residual.slice(begin, count), y.slice(begin, count));
+  });
 }
 
 void Linear::backward_input(const Context& ctx, const Tensor& dy, Tensor dx, bool accumulate) const {
   kernels::linear_backward_input(ctx, dy, store_->fused_weight(first_, last_), dx, accumulate);
+}
+
+void Linear::backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& pre, Tensor dpre) const {
+  kernels::linear_backward_input_gelu(ctx, dy, store_->fused_weight(first_, last_), pre, dpre);
 }
 
 void Linear::backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const {

@@ -15,8 +15,15 @@ class Linear {
   int64_t inputs() const;
   // A matrix product; or, with `rows_alone` and after pack(), each row computed as if it stood alone.
   void forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone = false) const;
+  // y = gelu(pre) of that product, which is written to `pre` unless it is empty.
+  void forward_gelu(const Context& ctx, const Tensor& x, Tensor pre, Tensor y, bool rows_alone = false) const;
+  // y = residual + that product; y is not the residual.
+  void forward_add(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y,
+                   bool rows_alone = false) const;
   // dx = dy W, or dx += dy W.
   void backward_input(const Context& ctx, const Tensor& dy, Tensor dx, bool accumulate = false) const;
+  // dpre = (dy W) * gelu'(pre), for a layer behind forward_gelu.
+  void backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& pre, Tensor dpre) const;
   // Gradients of weight and bias (+=); nothing where they are frozen.
   void backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const;
   // Takes memory for the panels from `panels`; packs them unless the arena is measuring.
@@ -24,6 +31,8 @@ class Linear {
   int64_t bytes() const;
 
  private:
+  kernels::LinearWeight weight(bool rows_alone) const;
+
   ParameterStore* store_ = nullptr;
   int first_ = -1, last_ = -1, bias_ = -1, last_bias_ = -1;
   Tensor panels_;

@@ -26,26 +26,29 @@ void Mlp::allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& save
   saved.activated = arena.allocate("mlp activated", dtype, {rows, down_.inputs()});
 }
 
-void Mlp::forward(const Context& ctx, const Tensor& x, Tensor y, Saved& saved, bool rows_alone) const {
-  expand_.forward(ctx, x, saved.expanded, rows_alone);
-  if (gated_)
+void Mlp::forward(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y, Saved& saved,
+                  bool rows_alone) const {
+  if (gated_) {
+    expand_.forward(ctx, x, saved.expanded, rows_alone);
     kernels::swiglu(ctx, saved.expanded, saved.activated);
-  else
-    kernels::gelu(ctx, saved.expanded, saved.activated);
-  down_.forward(ctx, saved.activated, y, rows_alone);
+  } else {
+    expand_.forward_gelu(ctx, x, rows_alone ? Tensor{} : saved.expanded, saved.activated, rows_alone);
+  }
+  down_.forward_add(ctx, saved.activated, residual, y, rows_alone);
 }
 
 void Mlp::backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved,
                    Tensor dx) const {
   const kernels::ArenaScope scope(*ctx.scratch);
-  const Tensor dactivated = ctx.scratch->allocate("mlp dactivated", dy.dtype, saved.activated.shape);
   const Tensor dexpanded = ctx.scratch->allocate("mlp dexpanded", dy.dtype, saved.expanded.shape);
   down_.backward_weight(ctx, dy, saved.activated);
-  down_.backward_input(ctx, dy, dactivated);
-  if (gated_)
+  if (gated_) {
+    const Tensor dactivated = ctx.scratch->allocate("mlp dactivated", dy.dtype, saved.activated.shape);
+    down_.backward_input(ctx, dy, dactivated);
     kernels::swiglu_backward(ctx, dactivated, saved.expanded, dexpanded);
-  else
-    kernels::gelu_backward(ctx, dactivated, saved.expanded, dexpanded);
+  } else {
+    down_.backward_input_gelu(ctx, dy, saved.expanded, dexpanded);
+  }
   expand_.backward_weight(ctx, dexpanded, x);
   expand_.backward_input(ctx, dexpanded, dx);
 }

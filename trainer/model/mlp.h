@@ -19,7 +19,9 @@ class Mlp {
   // `deviation` is that of the output projection's initial values.
   Mlp(ParameterStore& store, const configs::ModelConfig& model, const std::string& prefix, float deviation);
   void allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& saved) const;
-  void forward(const Context& ctx, const Tensor& x, Tensor y, Saved& saved, bool rows_alone) const;
+  // y = residual + mlp(x); y is not the residual.
+  void forward(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y, Saved& saved,
+               bool rows_alone) const;
   void backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved, Tensor dx) const;
   void pack(const Context& ctx, kernels::Arena& panels);
   int64_t weight_bytes() const { return expand_.bytes() + down_.bytes(); }

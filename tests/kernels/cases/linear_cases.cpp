@@ -109,6 +109,24 @@ OpCase rows_gelu_case(std::string name, LinearShape s) {
   return op;
 }
 
+// A projection added to the residual stream, by one product or (rows of decoding) row-invariant.
+OpCase add_case(std::string name, LinearShape s, bool bias, bool rows_alone) {
+  OpCase op = linear_case(std::move(name), s, bias, Type::compute, Gradient::written);
+  op.inputs.push_back({.name = "residual", .shape = {s.rows, s.out}, .padding = s.padding});
+  op.backward = {};
+  op.forward = [bias, rows_alone](const kernels::Context& ctx, const OpTensors& t) {
+    const kernels::ArenaScope scope(*ctx.scratch);
+    kernels::LinearWeight w = weight_of(t, bias);
+    if (rows_alone) {
+      w.panels = ctx.scratch->allocate("panels", w.matrix.dtype, kernels::panels_shape(w.matrix));
+      kernels::pack_panels(ctx, w.matrix, w.panels);
+    }
+    kernels::linear_add(ctx, t["x"], w, t["residual"], t["y"]);
+  };
+  op.forward_roundings = 2;  // the product and the sum
+  return op;
+}
+
 // More rows than a GPU's grid has in its second dimension.
 OpCase very_many_rows() {
   OpCase op = linear_case("very_many_rows", {.rows = 65600, .in = 3, .out = 2}, true, Type::compute,
@@ -140,6 +158,9 @@ std::vector<OpCase> linear_cases() {
       rows_case("rows_long", {.rows = 9, .in = 1700, .out = 40}, true, Type::compute),
       rows_case("rows_longest", {.rows = 33, .in = 7000, .out = 17}, false, Type::main),
       rows_gelu_case("rows_gelu", {.rows = 3, .in = 64, .out = 50}),
+      add_case("add", {.rows = 40, .in = 64, .out = 96}, true, false),
+      add_case("add_odd", {.rows = 9, .in = 21, .out = 37, .padding = 3}, false, false),
+      add_case("rows_add", {.rows = 5, .in = 40, .out = 70}, true, true),
   };
 }
 
