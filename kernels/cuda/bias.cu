@@ -20,8 +20,9 @@ __global__ void copy_kernel(const T* bias, Y* y, int64_t stride, int64_t rows, i
 constexpr int kWarps = 16, kCluster = 8;
 
 // A cluster sums kLaneColumns * 32 columns: its warps take rows in turn, then the warps of a block are added
-// up, then the blocks.
-template <typename T, int kLaneColumns>
+// up, then the blocks. A thread loads kAhead rows before it uses the first: few columns make few blocks, each
+// of which must keep more on its way.
+template <typename T, int kLaneColumns, int kAhead>
 __global__ void __launch_bounds__(kWarps * 32)
     sums_kernel(const T* dy, int64_t stride, int64_t rows, int columns, float* sums) {
   constexpr int kColumns = 32 * kLaneColumns;
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int column = first + lane * kLaneColumns;
   float sum[kLaneColumns] = {};
   if (column < columns) {
-#pragma unroll 8
+#pragma unroll kAhead
     for (int64_t i = rank * kWarps + warp; i < rows; i += blocks * kWarps) {
       const auto row = load_vector<T, kLaneColumns>(dy + i * stride + column);
 #pragma unroll
@@ -86,7 +87,8 @@ void add_column_sums(const Context& ctx, const Tensor& dy, Tensor sums) {
              {.grid = dim3(groups * cluster), .block = dim3(kWarps * 32), .cluster = cluster}, kernel, data,
              dy.row_stride, dy.rows(), static_cast<int>(dy.cols()), sums.as<float>());
     };
-    vectors ? run(sums_kernel<T, 4>, 128) : run(sums_kernel<T, 1>, 32);
+    if (!vectors) return run(sums_kernel<T, 1, 8>, 32);
+    dy.cols() <= 1024 ? run(sums_kernel<T, 2, 16>, 64) : run(sums_kernel<T, 4, 8>, 128);
   });
 }
 

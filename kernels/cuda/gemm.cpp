@@ -112,6 +112,8 @@ cublasLtEpilogue_t epilogue_of(const Product& p) {
       return p.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
     case Epilogue::gelu_gradient:
       return CUBLASLT_EPILOGUE_DGELU;
+    case Epilogue::column_sums:
+      return CUBLASLT_EPILOGUE_BGRADB;  // our a is the library's b
     default:
       return CUBLASLT_EPILOGUE_DEFAULT;
   }
@@ -139,6 +141,7 @@ struct Plan {
   Description description;
   Layout a, b, c, addend;
   std::optional<cublasLtMatmulAlgo_t> algorithm;
+  std::optional<float> milliseconds;  // of the algorithm, where it was measured
 };
 
 // The state of one device. It lives as long as the process: when static objects are destroyed, the driver may
@@ -148,15 +151,23 @@ class Products {
   explicit Products(int index) {
     use_device(index);
     check_blas(cublasLtCreate(&handle_), "starting cuBLASLt");
-    workspace_bytes_ = product_workspace_bytes({Device::Kind::cuda, index});
-    workspace_ = allocate_bytes(index, workspace_bytes_);
+    const size_t bytes = product_workspace_bytes({Device::Kind::cuda, index});
+    workspace_bytes_ = bytes - kColumnSums * sizeof(float);
+    workspace_ = allocate_bytes(index, bytes);
+  }
+
+  float* column_sums() const {
+    return reinterpret_cast<float*>(static_cast<char*>(workspace_) + workspace_bytes_);
+  }
+
+  std::optional<float> milliseconds(const Context& ctx, const Product& p) {
+    const std::lock_guard lock(mutex_);
+    return plan_of(ctx, p).milliseconds;
   }
 
   bool multiply(const Context& ctx, const Product& p) {
     const std::lock_guard lock(mutex_);
-    auto found = plans_.find(key_of(p));
-    if (found == plans_.end()) found = plans_.emplace(key_of(p), make_plan(ctx, p)).first;
-    const Plan& plan = found->second;
+    const Plan& plan = plan_of(ctx, p);
     if (!plan.algorithm) {
       if (p.epilogue == Epilogue::none && !p.addend)
         throw DeviceError("cuBLASLt has no kernel for this matrix product");
@@ -168,18 +179,24 @@ class Products {
   }
 
  private:
+  const Plan& plan_of(const Context& ctx, const Product& p) {
+    auto found = plans_.find(key_of(p));
+    if (found == plans_.end()) found = plans_.emplace(key_of(p), make_plan(ctx, p)).first;
+    return found->second;
+  }
+
   Plan make_plan(const Context& ctx, const Product& p) {
     Plan plan{
-        describe(p), layout_of(p.a), layout_of(p.b), layout_of(p.c), layout_of(p.addend ? p.addend : p.c),
-        std::nullopt};
+        describe(p),  layout_of(p.a), layout_of(p.b), layout_of(p.c), layout_of(p.addend ? p.addend : p.c),
+        std::nullopt, std::nullopt};
     set_pointers(plan.description, p);
     const auto candidates = suggestions(p, plan);
     if (candidates.empty()) return plan;
     plan.algorithm = candidates.front();
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream_of(ctx), &capture), "a matrix product");
-    if (candidates.size() > 1 && capture == cudaStreamCaptureStatusNone && products_are_measured())
-      plan.algorithm = fastest(ctx, p, plan, candidates);
+    if (capture == cudaStreamCaptureStatusNone && products_are_measured())
+      choose_fastest(ctx, p, candidates, plan);
     return plan;
   }
 
@@ -211,16 +228,17 @@ class Products {
   }
 
   // Times every candidate. One that only writes may write c again and again; one that accumulates gets memory
-  // of its own for as long as this takes, and is not measured where there is none. Nothing when none runs.
-  std::optional<cublasLtMatmulAlgo_t> fastest(const Context& ctx, const Product& p, const Plan& plan,
-                                              const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
+  // of its own for as long as this takes, and is not measured where there is none. No algorithm when none
+  // runs.
+  void choose_fastest(const Context& ctx, const Product& p,
+                      const std::vector<cublasLtMatmulAlgo_t>& candidates, Plan& plan) const {
     void* c = p.c.data;
     std::unique_ptr<void, void (*)(void*)> scratch(nullptr, [](void* data) { cudaFree(data); });
     if (p.accumulate) {
       const size_t bytes = static_cast<size_t>(p.c.rows() * p.c.row_stride) * size_of(p.c.dtype);
       if (cudaMalloc(&c, bytes) != cudaSuccess) {
         cudaGetLastError();  // handled: later calls must not find it
-        return candidates.front();
+        return;
       }
       scratch.reset(c);
       check(cudaMemsetAsync(c, 0, bytes, stream_of(ctx)), "clearing GPU memory");
@@ -230,8 +248,10 @@ class Products {
       for (size_t i = 0; i < candidates.size(); ++i)
         best[i] = std::min(best[i], milliseconds(ctx, p, plan, candidates[i], c));
     const auto winner = std::min_element(best.begin(), best.end());
-    if (*winner == std::numeric_limits<float>::infinity()) return std::nullopt;
-    return candidates[static_cast<size_t>(winner - best.begin())];
+    plan.algorithm.reset();
+    if (*winner == std::numeric_limits<float>::infinity()) return;
+    plan.algorithm = candidates[static_cast<size_t>(winner - best.begin())];
+    plan.milliseconds = *winner;
   }
 
   // Infinity for a candidate that does not run.
@@ -247,7 +267,7 @@ class Products {
     }
     end.record(ctx.stream);
     end.synchronize();
-    return end.milliseconds_since(start);
+    return end.milliseconds_since(start) / kRuns;
   }
 
   cublasStatus_t run(const Context& ctx, const Product& p, const Plan& plan,
@@ -281,5 +301,11 @@ Products& products_of(int index) {
 bool multiply(const Context& ctx, const Product& product) {
   return products_of(ctx.device.index).multiply(ctx, product);
 }
+
+std::optional<float> measured_milliseconds(const Context& ctx, const Product& product) {
+  return products_of(ctx.device.index).milliseconds(ctx, product);
+}
+
+float* column_sums_memory(const Context& ctx) { return products_of(ctx.device.index).column_sums(); }
 
 }  // namespace kernels::cuda

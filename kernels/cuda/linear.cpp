@@ -1,6 +1,7 @@
 #include "kernels/ops/linear.h"
 
 #include "kernels/cuda/bias.h"
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/ops/activation.h"
 
@@ -77,10 +78,38 @@ void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tens
   kernels::gelu_backward(ctx, dpre, pre, dpre);
 }
 
+namespace {
+// The shortest time in which the device can read a tensor.
+float reading_milliseconds(const Context& ctx, const Tensor& t) {
+  int kilohertz = 0, bits = 0;
+  check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, ctx.device.index), "asking a GPU");
+  check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, ctx.device.index), "asking a GPU");
+  const float bytes_per_millisecond = 2.0f * static_cast<float>(kilohertz) * static_cast<float>(bits) / 8;
+  return static_cast<float>(t.bytes()) / bytes_per_millisecond;
+}
+
+// Whether the product's own sums of dy's columns were measured to cost less than reading dy once more.
+bool sums_pay(const Context& ctx, const Product& plain, const Product& summing) {
+  if (summing.bias.numel() > kColumnSums) return false;
+  const auto without = measured_milliseconds(ctx, plain), with = measured_milliseconds(ctx, summing);
+  return without && with && *with - *without < reading_milliseconds(ctx, plain.a);
+}
+}  // namespace
+
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias) {
   if (dy.rows() == 0) return;
-  multiply(ctx, {.a = dy, .b = x, .c = dw, .transposed_a = true, .accumulate = true});
-  if (dbias) add_column_sums(ctx, dy, dbias);
+  const Product plain{.a = dy, .b = x, .c = dw, .transposed_a = true, .accumulate = true};
+  if (dbias) {
+    Product summing = plain;
+    summing.epilogue = Epilogue::column_sums;
+    summing.bias = Tensor(column_sums_memory(ctx), DType::f32, dbias.shape, dbias.device);
+    if (sums_pay(ctx, plain, summing)) {
+      multiply(ctx, summing);
+      return kernels::add(ctx, dbias, summing.bias, dbias);
+    }
+    add_column_sums(ctx, dy, dbias);
+  }
+  multiply(ctx, plain);
 }
 
 }  // namespace kernels::cuda

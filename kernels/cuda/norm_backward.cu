@@ -169,9 +169,15 @@ __global__ void __launch_bounds__(kAnyThreads) shares_any_kernel(const Backward 
 
 constexpr int kShareColumns = 32, kShareRows = 32;
 
+struct Shares {
+  const float* shares[2];
+  float* gradients[2];
+};
+
 // gradient += the sum of the shares: 32 threads take every 32nd share of a column, then their sums are added.
 __global__ void __launch_bounds__(kShareColumns* kShareRows)
-    add_shares_kernel(const float* shares, int count, int columns, float* gradient) {
+    add_shares_kernel(const Shares all, int count, int columns) {
+  const float* shares = all.shares[blockIdx.y];
   __shared__ float sums[kShareRows][kShareColumns];
   const int column = blockIdx.x * kShareColumns + threadIdx.x;
   float sum = 0;
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(kShareColumns* kShareRows)
   float total = 0;
 #pragma unroll
   for (int s = 0; s < kShareRows; ++s) total += sums[s][threadIdx.x];
-  gradient[column] += total;
+  all.gradients[blockIdx.y][column] += total;
 }
 
 int64_t share_blocks(int64_t rows, int64_t groups, int threads, int rows_per_block) {
@@ -219,12 +225,21 @@ int64_t launch_backward(const Context& ctx, const Backward& b, int64_t groups, b
   return blocks;
 }
 
-void add_shares(const Context& ctx, const float* shares, int64_t count, const Tensor& gradient) {
-  if (!shares) return;
-  const int columns = static_cast<int>(gradient.numel());
-  const dim3 grid((columns + kShareColumns - 1) / kShareColumns), block(kShareColumns, kShareRows);
-  add_shares_kernel<<<grid, block, 0, stream_of(ctx)>>>(shares, static_cast<int>(count), columns,
-                                                        gradient.as<float>());
+void add_shares(const Context& ctx, const Backward& b, int64_t count, const Tensor& dgain,
+                const Tensor& dbias) {
+  Shares all{};
+  unsigned sums = 0;
+  const auto take = [&](const float* shares, const Tensor& gradient) {
+    if (!shares) return;
+    all.shares[sums] = shares;
+    all.gradients[sums++] = gradient.as<float>();
+  };
+  take(b.dgain, dgain);
+  take(b.dbias, dbias);
+  if (sums == 0) return;
+  const dim3 grid((b.all_columns + kShareColumns - 1) / kShareColumns, sums),
+      block(kShareColumns, kShareRows);
+  add_shares_kernel<<<grid, block, 0, stream_of(ctx)>>>(all, static_cast<int>(count), b.all_columns);
   check_launch("norm_backward");
 }
 
@@ -263,8 +278,7 @@ void norm_backward(const Context& ctx, const NormParams& params, const Tensor& d
     } else if constexpr (!std::is_same_v<X, Y>) {
       count = launch_backward<X, Y, Y>(ctx, b, params.groups, wide);
     }
-    add_shares(ctx, b.dgain, count, dgain);
-    add_shares(ctx, b.dbias, count, dbias);
+    add_shares(ctx, b, count, dgain, dbias);
   });
 }
 
