@@ -126,6 +126,7 @@ Description describe(const Product& p) {
   set(d, CUBLASLT_MATMUL_DESC_TRANSA, p.transposed_b ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(d, CUBLASLT_MATMUL_DESC_TRANSB, p.transposed_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(d, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue_of(p));
+  if (p.bias) set(d, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(data_type(p.bias.dtype)));
   if (p.aux) set(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.aux.row_stride);
   return d;
 }
