@@ -29,12 +29,15 @@ int evaluate_command(const Arguments& arguments, Job& job) {
   const auto values = line.parse(arguments);
   if (!values) return 0;
   comm::Session& session = job.join_alone("evaluate");
-  kernels::Context ctx;
+  Placement placement;
   Stopwatch watch;
-  trainer::LoadedModel loaded =
-      trainer::load_model(ctx, value<std::string>(*values, "RUN"), list(*values, "set"));
-  // Decoding computes on CPU cores.
-  ctx = place(session, true, "cpu", loaded.config.train.threads).ctx;
+  trainer::LoadedModel loaded = trainer::load_model_on(
+      [&](const configs::Config& config) {
+        placement = place(session, true, config.train.device, config.train.threads);
+        return placement.ctx;
+      },
+      value<std::string>(*values, "RUN"), list(*values, "set"));
+  const kernels::Context& ctx = placement.ctx;
   const std::filesystem::path run = run_of(loaded.checkpoint);
   const std::filesystem::path output(values->count("output") ? value<std::string>(*values, "output")
                                                              : run.string());

@@ -84,11 +84,14 @@ int generate_command(const Arguments& arguments, Job& job) {
   if (!values) return 0;
   const trainer::GenerateOptions options = options_of(line, *values);
   comm::Session& session = job.join_alone("generate");
-  kernels::Context ctx;
-  trainer::LoadedModel loaded =
-      trainer::load_model(ctx, value<std::string>(*values, "RUN"), list(*values, "set"));
-  // Decoding computes on CPU cores.
-  ctx = place(session, true, "cpu", loaded.config.train.threads).ctx;
+  Placement placement;
+  trainer::LoadedModel loaded = trainer::load_model_on(
+      [&](const configs::Config& config) {
+        placement = place(session, true, config.train.device, config.train.threads);
+        return placement.ctx;
+      },
+      value<std::string>(*values, "RUN"), list(*values, "set"));
+  const kernels::Context& ctx = placement.ctx;
   const bool colour = on_terminal();
   fmt::print("{}", options.prompt);
   std::fflush(stdout);

@@ -1,6 +1,7 @@
 #include "trainer/decode/decoder.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <limits>
 #include <numeric>
@@ -49,7 +50,8 @@ void DecodeRun::add(const DecodeRun& run) {
 }
 
 Decoder::Decoder(const Context& ctx, const Model& model, int64_t batch, int64_t capacity)
-    : ctx_(ctx),
+    : stream_(ctx.stream.handle ? kernels::Device{} : ctx.device),
+      ctx_(ctx),
       model_(model),
       batch_(batch),
       capacity_(capacity),
@@ -60,6 +62,7 @@ Decoder::Decoder(const Context& ctx, const Model& model, int64_t batch, int64_t 
       state_(model.make_trunk_state(ctx, batch, std::min(capacity + kMaxDecodeRows, position_limit_))),
       rows_(ctx.device, batch),
       verifier_(model.vocabulary()),
+      replay_(model.config().train.graph),
       sequences_(batch),
       trees_(batch),
       views_(batch) {
@@ -68,6 +71,8 @@ Decoder::Decoder(const Context& ctx, const Model& model, int64_t batch, int64_t 
   for (Sequence& sequence : sequences_) sequence.tokens.reserve(capacity + kMaxDecodeRows);
   path_.reserve(kMaxDecodeRows);
   allocate();
+  kernels::synchronize(ctx_.device, ctx_.stream);
+  if (stream_.get().handle) ctx_.stream = stream_.get();
 }
 
 // The scratch memory of everything a step may call is measured on the largest step.
@@ -159,13 +164,15 @@ void Decoder::prefill(int64_t b, Drafter* drafter, DecodeRun& run) {
       else
         rows_.add_none(s < b && sequences_[s].active ? committed(s) : 0);
     }
+    rows_.upload(ctx_);
     model_.decode_trunk(ctx_, rows_.tokens(), rows_.rows(), state_, hidden_.slice(0, n));
     rows_.accept_first(b, n);
-    state_.commit(ctx_, rows_.path());
+    commit();
     if (last) {
       trees_[b].clear(sequence.tokens.back());
       model_.logits(ctx_, hidden_.slice(n - 1, 1), logits_.slice(0, 1));
       predict(1);
+      fetch(1);
       choose(b, 0);
       take(b, run.sequences[b]);
       run.prefill_seconds += watch.lap();
@@ -197,37 +204,58 @@ void Decoder::verify() {
     else
       rows_.add_none(committed(b));
   }
-  const Tensor hidden = hidden_.slice(0, rows_.size());
-  model_.decode_trunk(ctx_, rows_.tokens(), rows_.rows(), state_, hidden);
-  model_.logits(ctx_, hidden, logits_.slice(0, rows_.size()));
+  rows_.upload(ctx_);
+  const int64_t rows = rows_.size();
+  const bool greedy = settings_.acceptance == Acceptance::greedy;
+  const float temperature = greedy ? 0.0f : static_cast<float>(settings_.temperature);
+  replay_(ctx_, {rows, greedy, std::bit_cast<int32_t>(temperature), 0}, [&] {
+    const Tensor hidden = hidden_.slice(0, rows);
+    model_.decode_trunk(ctx_, rows_.tokens(), rows_.rows(), state_, hidden);
+    model_.logits(ctx_, hidden, logits_.slice(0, rows));
+    predict(rows);
+  });
+  fetch(rows);
 }
 
 void Decoder::predict(int64_t rows) {
   const Tensor logits = logits_.slice(0, rows);
-  if (settings_.acceptance == Acceptance::greedy) {
-    const Tensor argmax = argmax_.slice(0, rows);
-    kernels::argmax(ctx_, logits, argmax);
-    argmax_host_ = on_host(argmax, argmax_mirror_);
-    if (settings_.no_repeat > 0) logits_host_ = on_host(logits, logits_mirror_);
-    return;
-  }
-  const Tensor p = p_.slice(0, rows);
-  kernels::probabilities(ctx_, logits, static_cast<float>(settings_.temperature), p);
-  p_host_ = on_host(p, p_mirror_);
-  if (settings_.acceptance == Acceptance::typical) logits_host_ = on_host(logits, logits_mirror_);
+  if (settings_.acceptance == Acceptance::greedy)
+    kernels::argmax(ctx_, logits, argmax_.slice(0, rows));
+  else
+    kernels::probabilities(ctx_, logits, static_cast<float>(settings_.temperature), p_.slice(0, rows));
+}
+
+void Decoder::fetch(int64_t rows) {
+  const bool greedy = settings_.acceptance == Acceptance::greedy;
+  if (greedy)
+    argmax_host_.send(ctx_, argmax_.slice(0, rows));
+  else
+    p_host_.send(ctx_, p_.slice(0, rows));
+  if (settings_.acceptance == Acceptance::typical || (greedy && settings_.no_repeat > 0))
+    logits_host_.send(ctx_, logits_.slice(0, rows));
+  kernels::synchronize(ctx_.device, ctx_.stream);
+}
+
+// Most steps leave the state as it has to be: what is not accepted is written over.
+void Decoder::commit() {
+  if (!rows_.path_matters()) return;
+  rows_.upload_path(ctx_);
+  replay_(ctx_, {}, [&] { state_.commit(ctx_, rows_.path()); });
 }
 
 const int32_t* Decoder::choices(int64_t b, int64_t row) {
-  if (settings_.no_repeat == 0) return argmax_host_ + row;
+  if (settings_.no_repeat == 0) return argmax_host_.data<int32_t>() + row;
   const DraftTree& tree = trees_[b];
   const size_t vocabulary = static_cast<size_t>(model_.vocabulary());
-  choices_.assign(argmax_host_ + row, argmax_host_ + row + tree.size());
+  const int32_t* argmax = argmax_host_.data<int32_t>() + row;
+  choices_.assign(argmax, argmax + tree.size());
   for (int node = 0; node < tree.size(); ++node) {
     text_.assign(sequences_[b].tokens.begin() + sequences_[b].prompt, sequences_[b].tokens.end());
     for (int i = 1; i <= node; ++i)
       if (tree.ancestors(node) >> i & 1) text_.push_back(tree.token(i));
-    choices_[node] = without_repeats(text_, {logits_host_ + (row + node) * vocabulary, vocabulary},
-                                     choices_[node], settings_.no_repeat);
+    choices_[node] =
+        without_repeats(text_, {logits_host_.data<float>() + (row + node) * vocabulary, vocabulary},
+                        choices_[node], settings_.no_repeat);
   }
   return choices_.data();
 }
@@ -238,11 +266,11 @@ void Decoder::choose(int64_t b, int64_t row) {
   if (settings_.acceptance == Acceptance::greedy)
     verifier_.greedy(trees_[b], choices(b, row), accepted);
   else if (settings_.acceptance == Acceptance::rejection)
-    verifier_.rejection(trees_[b], p_host_ + offset, {settings_.seed, static_cast<uint64_t>(b)}, committed(b),
-                        accepted);
+    verifier_.rejection(trees_[b], p_host_.data<float>() + offset, {settings_.seed, static_cast<uint64_t>(b)},
+                        committed(b), accepted);
   else
-    verifier_.typical(trees_[b], logits_host_ + offset, p_host_ + offset, settings_.temperature,
-                      settings_.typical_epsilon, settings_.typical_delta, accepted);
+    verifier_.typical(trees_[b], logits_host_.data<float>() + offset, p_host_.data<float>() + offset,
+                      settings_.temperature, settings_.typical_epsilon, settings_.typical_delta, accepted);
 }
 
 void Decoder::take(int64_t b, DecodedSequence& out) {
@@ -287,14 +315,13 @@ void Decoder::step(Drafter* drafter, DecodeRun& run) {
   run.times.draft += watch.lap();
   verify();
   run.times.verify += watch.lap();
-  predict(rows_.size());
   for (int64_t b = 0; b < batch_; ++b) {
     if (!sequences_[b].active) continue;
     choose(b, rows_.first_row(b));
     rows_.accept(b, sequences_[b].accepted.nodes);
   }
   run.times.sample += watch.lap();
-  state_.commit(ctx_, rows_.path());
+  commit();
   run.times.commit += watch.lap();
   for (int64_t b = 0; b < batch_; ++b) {
     Sequence& sequence = sequences_[b];
@@ -345,14 +372,14 @@ double Decoder::measure_step(int64_t rows, int64_t length, int64_t repeats, cons
   sequences_[0].active = true;
   trees_[0].clear(0);
   for (int64_t i = 1; i < rows; ++i) trees_[0].add(static_cast<int>(i) - 1, 0);
+  kernels::synchronize(ctx_.device, ctx_.stream);
   double best = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < repeats; ++i) {
     Stopwatch watch;
     verify();
-    predict(rows_.size());
     choose(0, 0);
     rows_.accept_first(0, 1);
-    state_.commit(ctx_, rows_.path());
+    commit();
     best = std::min(best, watch.lap());
   }
   return best;

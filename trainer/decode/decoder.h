@@ -21,7 +21,8 @@ struct DecodeSettings {
   int64_t no_repeat = 0;  // greedy: write no run of this many tokens twice after the prompt; 0 allows it
 };
 
-// Wall-clock time of the parts of a step, in seconds.
+// Wall-clock time of the parts of a step, in seconds. verify: the model, and what it predicts until the host
+// can read it; commit: on a GPU only what it takes to ask for it.
 struct PhaseTimes {
   double draft = 0, verify = 0, sample = 0, commit = 0;
   double total() const { return draft + verify + sample + commit; }
@@ -70,6 +71,7 @@ class Decoder {
   int64_t capacity() const { return capacity_; }
   // Positions the model knows; learned ones end at its context.
   int64_t position_limit() const { return position_limit_; }
+  bool captured() const { return replay_.recorded() > 0; }  // some work runs as a graph
 
  private:
   struct Sequence {
@@ -84,9 +86,13 @@ class Decoder {
   void prefill(int64_t b, Drafter* drafter, DecodeRun& run);
   void step(Drafter* drafter, DecodeRun& run);
   void draft(Drafter* drafter);
+  // The model over the step's rows, up to predictions that the host can read.
   void verify();
-  // The target's predictions after the first `rows` rows of logits_, where the host reads them.
+  // The target's predictions after the first `rows` rows of logits_.
   void predict(int64_t rows);
+  // Waits until the host can read them.
+  void fetch(int64_t rows);
+  void commit();
   // Greedy: what the target writes after each node of a sequence's tree, whose predictions start at `row`.
   const int32_t* choices(int64_t b, int64_t row);
   // The accepted path of a sequence whose predictions start at `row`.
@@ -98,6 +104,7 @@ class Decoder {
   SequenceView view(int64_t b) const;
   int64_t committed(int64_t b) const { return static_cast<int64_t>(sequences_[b].tokens.size()) - 1; }
 
+  kernels::OwnedStream stream_;  // where the context has none: work of the default stream is never recorded
   Context ctx_;
   const Model& model_;
   int64_t batch_, capacity_, position_limit_;
@@ -106,10 +113,9 @@ class Decoder {
   StepRows rows_;
   Verifier verifier_;
   Tensor hidden_, logits_, p_, argmax_;  // (64, C), (64, V), (64, V), (64)
-  std::vector<float> logits_mirror_, p_mirror_;
-  std::vector<int32_t> argmax_mirror_, choices_, text_;
-  const int32_t* argmax_host_ = nullptr;
-  const float *logits_host_ = nullptr, *p_host_ = nullptr;
+  HostCopy logits_host_, p_host_, argmax_host_;
+  std::vector<int32_t> choices_, text_;
+  Replay replay_;
 
   DecodeSettings settings_;
   OnTokens on_tokens_;

@@ -19,31 +19,36 @@ Tensor upload(const std::vector<T>& values, Shape shape, kernels::Device device,
   return there;
 }
 
-ModelBatch upload(const data::Batch& batch, kernels::Device device, kernels::Arena& memory) {
-  const int64_t n = batch.rows(), k = batch.offsets;
-  return {upload(batch.tokens, {n}, device, memory), upload(batch.positions, {n}, device, memory),
-          upload(batch.cu_seqlens, {static_cast<int64_t>(batch.cu_seqlens.size())}, device, memory),
-          upload(batch.targets, {k, n}, device, memory), upload(batch.weights, {k, n}, device, memory)};
+// Empty sequences fill up their number, so that every batch of as many rows has one shape.
+ModelBatch upload(const data::Batch& batch, const data::LoaderParams& params, std::vector<int32_t>& starts,
+                  kernels::Device device, kernels::Arena& memory) {
+  const int64_t n = batch.rows(), k = batch.offsets, sequences = data::max_sequences(params);
+  starts.assign(batch.cu_seqlens.begin(), batch.cu_seqlens.end());
+  starts.resize(static_cast<size_t>(sequences) + 1, starts.back());
+  return {upload(batch.tokens, {n}, device, memory),       upload(batch.positions, {n}, device, memory),
+          upload(starts, {sequences + 1}, device, memory), upload(batch.targets, {k, n}, device, memory),
+          upload(batch.weights, {k, n}, device, memory),   {.longest = params.context}};
 }
 
-// A batch of the largest shape, to measure memory with.
-data::Batch largest_batch(const data::BatchLoader& loader, int64_t sequences, int64_t offsets) {
-  const size_t n = static_cast<size_t>(loader.row_buckets().back());
+// A batch to measure memory with.
+data::Batch empty_batch(int64_t rows, int64_t offsets) {
+  const size_t n = static_cast<size_t>(rows);
   data::Batch batch;
   batch.tokens.resize(n);
   batch.positions.resize(n);
-  batch.cu_seqlens.resize(static_cast<size_t>(sequences) + 2);
+  batch.cu_seqlens.resize(1);
   batch.offsets = offsets;
   batch.targets.resize(n * offsets);
   batch.weights.resize(n * offsets);
   return batch;
 }
 
-// The forward with losses, its memory sized for the largest batch.
+// The forward with losses, its memory sized for every shape of a batch.
 class Evaluator {
  public:
-  Evaluator(const Context& ctx, const Model& model, const data::BatchLoader& loader, int64_t sequences)
+  Evaluator(const Context& ctx, const Model& model, const data::BatchLoader& loader)
       : model_(model),
+        params_(loader.params()),
         ctx_(ctx),
         saved_("evaluation saved", ctx.device),
         scratch_("evaluation scratch", ctx.device),
@@ -52,8 +57,11 @@ class Evaluator {
     ctx_.scratch = &scratch_;
     ctx_.rehearsal = true;
     allocate();
-    model.evaluate(ctx_, upload(largest_batch(loader, sequences, model.offsets()), ctx.device, inputs_),
-                   saved_, sums_);
+    for (const int64_t rows : data::row_buckets(params_)) {
+      const kernels::ArenaScope scope(inputs_);
+      const data::Batch batch = empty_batch(rows, model.offsets());
+      model.evaluate(ctx_, upload(batch, params_, starts_, ctx.device, inputs_), saved_, sums_);
+    }
     ctx_.rehearsal = false;
     for (kernels::Arena* arena : {&saved_, &scratch_, &inputs_}) arena->place();
     allocate();
@@ -64,7 +72,7 @@ class Evaluator {
     const kernels::ArenaScope scope(inputs_);
     std::fill(losses_.begin(), losses_.end(), 0.0);
     kernels::copy_bytes(sums_.data, ctx_.device, losses_.data(), {}, sums_.bytes());
-    model_.evaluate(ctx_, upload(batch, ctx_.device, inputs_), saved_, sums_);
+    model_.evaluate(ctx_, upload(batch, params_, starts_, ctx_.device, inputs_), saved_, sums_);
     kernels::copy_bytes(losses_.data(), {}, sums_.data, ctx_.device, sums_.bytes());
     return losses_;
   }
@@ -75,10 +83,12 @@ class Evaluator {
   }
 
   const Model& model_;
+  const data::LoaderParams params_;
   Context ctx_;
   kernels::Arena saved_, scratch_, inputs_;
   Tensor sums_;
   std::vector<double> losses_;
+  std::vector<int32_t> starts_;
 };
 
 }  // namespace
@@ -91,7 +101,7 @@ Perplexity measure_perplexity(const Context& ctx, const LoadedModel& loaded,
   params.context = loaded.config.model.context;
   params.offsets = model.offsets();
   const data::BatchLoader loader(dataset, params);
-  Evaluator evaluator(ctx, model, loader, params.micro_batch);
+  Evaluator evaluator(ctx, model, loader);
 
   std::vector<double> sums(model.losses().size()), weights(params.offsets);
   int64_t batches = 0;

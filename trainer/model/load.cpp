@@ -177,6 +177,12 @@ std::vector<std::string> take_all(const Source& source, const std::filesystem::p
 
 LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                        const std::vector<std::string>& overrides) {
+  return load_model_on([&](const configs::Config&) { return ctx; }, run_or_checkpoint, overrides);
+}
+
+LoadedModel load_model_on(const std::function<Context(const configs::Config&)>& place,
+                          const std::filesystem::path& run_or_checkpoint,
+                          const std::vector<std::string>& overrides) {
   for (const std::string& entry : overrides) {
     const std::string section = entry.substr(0, entry.find('.'));
     if (section != "decode" && section != "data" && section != "train" && section != "log")
@@ -196,6 +202,7 @@ LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_c
     throw CheckpointError(fmt::format("{}: its tokenizer has {} tokens and its model {}",
                                       loaded.checkpoint.string(), loaded.tokenizer->vocabulary(),
                                       vocabulary));
+  const Context ctx = place(loaded.config);
   loaded.model = std::make_unique<Model>(loaded.config, vocabulary);
   loaded.model->parameters().allocate(ctx.device, compute_dtype(loaded.config), false);
   take_all(CheckpointSource(reader, loaded.checkpoint), loaded.checkpoint, loaded.model->parameters(), false);

@@ -1,6 +1,7 @@
 #pragma once
 // A model back from a checkpoint, for evaluation and generation.
 #include <filesystem>
+#include <functional>
 #include <memory>
 
 #include "configs/config.h"
@@ -19,6 +20,10 @@ struct LoadedModel {
 // CheckpointError when it does not verify or does not fit its own configuration.
 LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                        const std::vector<std::string>& overrides);
+// The same on a device that is chosen once the configuration is known.
+LoadedModel load_model_on(const std::function<Context(const configs::Config&)>& place,
+                          const std::filesystem::path& run_or_checkpoint,
+                          const std::vector<std::string>& overrides);
 // Takes weights into a model that may hold heads the checkpoint lacks (those keep their fresh values, and are
 // returned); a tensor of another shape, or a trunk tensor that is missing, is a CheckpointError that names
 // it. So is a checkpoint whose tokenizer has another hash than `tokenizer_hash` (empty: not compared). A

@@ -1,10 +1,12 @@
 #include "trainer/decode/drafters/medusa.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
+#include "kernels/ops/cast.h"
+#include "kernels/ops/linear.h"
 #include "kernels/ops/sampling.h"
-#include "trainer/decode/step_rows.h"
 
 namespace trainer {
 
@@ -40,7 +42,8 @@ MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const Draft
       batch_(params.batch),
       heads_(std::min(model.config().heads.medusa, kernels::kMaxDecodeRows / params.batch)),
       own_vocabulary_(model.config().heads.medusa_vocabulary == "own"),
-      memory_("drafter", ctx.device) {
+      memory_("drafter", ctx.device),
+      replay_(model.config().train.graph) {
   max_drafts_ = kind == Kind::chain ? std::min(params.max_drafts, heads_) : params.tree_nodes;
   drafts_ = max_drafts_;
   if (kind == Kind::chain)
@@ -66,10 +69,7 @@ void MedusaDrafter::allocate(const Context& ctx) {
   reset(ctx);
 }
 
-void MedusaDrafter::reset(const Context& ctx) {
-  const std::vector<char> zeros(last_hidden_.bytes(), 0);
-  kernels::copy_bytes(last_hidden_.data, ctx.device, zeros.data(), {}, zeros.size());
-}
+void MedusaDrafter::reset(const Context& ctx) { kernels::fill(ctx, last_hidden_, 0.0f); }
 
 void MedusaDrafter::set_drafts(int64_t count) { drafts_ = std::clamp<int64_t>(count, 0, max_drafts_); }
 
@@ -90,8 +90,7 @@ std::vector<double> MedusaDrafter::node_values() const {
 
 void MedusaDrafter::observe(const Context& ctx, int64_t sequence, const SequenceView&, const Tensor& hidden,
                             std::span<const int32_t> rows, int64_t) {
-  const Tensor to = last_hidden_.slice(sequence, 1);
-  kernels::copy_bytes(to.data, ctx.device, hidden.slice(rows.back(), 1).data, ctx.device, to.bytes());
+  copy_on_device(ctx, hidden.slice(rows.back(), 1), last_hidden_.slice(sequence, 1));
 }
 
 void MedusaDrafter::head_logits(const Context& ctx, int64_t levels) {
@@ -106,24 +105,34 @@ void MedusaDrafter::head_logits(const Context& ctx, int64_t levels) {
 
 void MedusaDrafter::rank_candidates(const Context& ctx, int64_t levels) {
   const int64_t rows = levels * batch_;
-  const Tensor logits = logits_.slice(0, rows);
   const Tensor flat = top_.slice(0, rows * width_);
-  if (width_ == 1)
-    kernels::argmax(ctx, logits, flat);
-  else
-    kernels::top_k(ctx, logits, flat.view({rows, width_}));
-  std::copy_n(on_host(flat, top_mirror_), rows * width_, candidates_.begin());
+  replay_(ctx, {levels, width_, 0, 0}, [&] {
+    head_logits(ctx, levels);
+    const Tensor logits = logits_.slice(0, rows);
+    if (width_ == 1)
+      kernels::argmax(ctx, logits, flat);
+    else
+      kernels::top_k(ctx, logits, flat.view({rows, width_}));
+  });
+  top_host_.send(ctx, flat);
+  kernels::synchronize(ctx.device, ctx.stream);
+  std::copy_n(top_host_.data<int32_t>(), rows * width_, candidates_.begin());
 }
 
 // Candidates of a level are drawn without replacement: rank r from q without the ranks before it.
 void MedusaDrafter::draw_candidates(const Context& ctx, int64_t levels,
                                     std::span<const SequenceView> sequences, double temperature) {
   const int64_t rows = levels * batch_, vocabulary = model_.vocabulary();
-  kernels::probabilities(ctx, logits_.slice(0, rows), static_cast<float>(temperature), q_.slice(0, rows));
-  q_host_ = on_host(q_.slice(0, rows), q_mirror_);
+  const float t = static_cast<float>(temperature);
+  replay_(ctx, {levels, 0, std::bit_cast<int32_t>(t), 0}, [&] {
+    head_logits(ctx, levels);
+    kernels::probabilities(ctx, logits_.slice(0, rows), t, q_.slice(0, rows));
+  });
+  q_host_.send(ctx, q_.slice(0, rows));
+  kernels::synchronize(ctx.device, ctx.stream);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t level = row / batch_, b = row % batch_;
-    const float* weights = q_host_ + row * vocabulary;
+    const float* weights = q_host_.data<float>() + row * vocabulary;
     for (int64_t rank = 0; rank < width_; ++rank) {
       const float u =
           sequences[b].key.draft(sequences[b].root_position() + level + 1, static_cast<int>(rank));
@@ -150,7 +159,7 @@ void MedusaDrafter::grow(const SequenceView& view, int64_t sequence, int64_t lev
     const int parent = shape_.parents[i] < 0 ? 0 : nodes_[shape_.parents[i]];
     const int32_t token = candidate(level, sequence, shape_.ranks[i]);
     if (parent < 0 || token < 0) continue;
-    const float* q = sampled ? q_host_ + (level * batch_ + sequence) * vocabulary : nullptr;
+    const float* q = sampled ? q_host_.data<float>() + (level * batch_ + sequence) * vocabulary : nullptr;
     nodes_[i] = tree.add(parent, token, q);
   }
 }
@@ -164,7 +173,6 @@ void MedusaDrafter::propose(const Context& ctx, std::span<const SequenceView> se
     wanted = std::max<int64_t>(wanted, shape_.depths[i]);
   const int64_t levels = std::min({heads_, deepest, wanted});
   if (levels == 0) return;
-  head_logits(ctx, levels);
   if (settings.sample)
     draw_candidates(ctx, levels, sequences, settings.temperature);
   else

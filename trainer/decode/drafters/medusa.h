@@ -3,6 +3,7 @@
 // tokens of level k + 1. A chain takes each head's best; a tree holds the combinations of ranks that a
 // best-first search over measured acceptances chooses.
 #include "trainer/decode/drafters/drafter.h"
+#include "trainer/decode/replay.h"
 
 namespace trainer {
 
@@ -37,13 +38,14 @@ class MedusaDrafter : public Drafter {
   bool own_vocabulary_;
   TreeShape shape_;
   kernels::Arena memory_;
-  Tensor last_hidden_;                            // (B, C): the trunk's, at the last accepted token
-  Tensor hidden_;                                 // (heads * B, C), head by head
-  Tensor logits_, q_;                             // (heads * B, V)
-  Tensor top_;                                    // (heads * B, width)
-  std::vector<int32_t> candidates_, top_mirror_;  // (heads, B, width); -1: no such candidate
-  std::vector<float> q_mirror_, left_;
-  const float* q_host_ = nullptr;
+  Tensor last_hidden_;               // (B, C): the trunk's, at the last accepted token
+  Tensor hidden_;                    // (heads * B, C), head by head
+  Tensor logits_, q_;                // (heads * B, V)
+  Tensor top_;                       // (heads * B, width)
+  std::vector<int32_t> candidates_;  // (heads, B, width); -1: no such candidate
+  std::vector<float> left_;
+  HostCopy q_host_, top_host_;
+  Replay replay_;
   std::vector<int> nodes_;  // tree node of each draft of the shape, -1 where it was left out
 };
 
@@ -67,7 +69,7 @@ class MedusaProbe : public Drafter {
   int64_t heads_, ranks_;
   kernels::Arena memory_;
   Tensor rows_, hidden_, logits_, top_;
-  std::vector<int32_t> top_mirror_;
+  HostCopy top_host_;
   std::vector<std::vector<double>> hits_;
   std::vector<double> rows_seen_;
 };

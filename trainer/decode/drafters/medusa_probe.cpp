@@ -1,6 +1,6 @@
+#include "kernels/ops/linear.h"
 #include "kernels/ops/sampling.h"
 #include "trainer/decode/drafters/medusa.h"
-#include "trainer/decode/step_rows.h"
 
 namespace trainer {
 
@@ -23,16 +23,15 @@ MedusaProbe::MedusaProbe(const Context& ctx, const Model& model)
 void MedusaProbe::observe(const Context& ctx, int64_t, const SequenceView& view, const Tensor& hidden,
                           std::span<const int32_t> rows, int64_t first) {
   const int64_t n = static_cast<int64_t>(rows.size());
-  for (int64_t i = 0; i < n; ++i) {
-    const Tensor to = rows_.slice(i, 1);
-    kernels::copy_bytes(to.data, ctx.device, hidden.slice(rows[i], 1).data, ctx.device, to.bytes());
-  }
+  for (int64_t i = 0; i < n; ++i) copy_on_device(ctx, hidden.slice(rows[i], 1), rows_.slice(i, 1));
   for (int64_t k = 0; k < heads_; ++k) {
     const Tensor head = hidden_.slice(0, n), logits = logits_.slice(0, n), top = top_.slice(0, n);
     model_.medusa_hidden(ctx, k, rows_.slice(0, n), head);
     model_.logits(ctx, head, logits, k);
     kernels::top_k(ctx, logits, top);
-    const int32_t* candidates = on_host(top, top_mirror_);
+    top_host_.send(ctx, top);
+    kernels::synchronize(ctx.device, ctx.stream);
+    const int32_t* candidates = top_host_.data<int32_t>();
     for (int64_t i = 0; i < n && first + i + k + 2 < static_cast<int64_t>(view.tokens.size()); ++i) {
       rows_seen_[k] += 1;
       for (int64_t r = 0; r < ranks_; ++r)

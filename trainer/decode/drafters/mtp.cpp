@@ -1,6 +1,7 @@
 #include "trainer/decode/drafters/mtp.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "kernels/ops/sampling.h"
 
@@ -15,7 +16,8 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
       max_drafts_(params.max_drafts),
       drafts_(params.max_drafts),
       memory_("drafter", ctx.device),
-      rows_(ctx.device, 1) {
+      rows_(ctx.device, 1),
+      replay_(model.config().train.graph) {
   const DType compute = model.parameters().compute();
   const int64_t width = model.width(), waiting = 2 * kMaxDecodeRows;
   sequences_.resize(params.batch);
@@ -34,7 +36,7 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
     q_ = memory_.allocate("mtp probabilities", DType::f32, {params.batch * max_drafts_, model.vocabulary()});
     argmax_ = memory_.allocate("mtp argmax", DType::i32, {1});
   }
-  q_mirror_.resize(params.batch * max_drafts_);
+  q_host_.resize(params.batch * max_drafts_);
   text_.reserve(params.capacity + max_drafts_);
 }
 
@@ -47,24 +49,41 @@ void MtpDrafter::reset(const Context& ctx) {
 }
 
 void MtpDrafter::append(const Context& ctx, Depth& depth, int64_t at, const Tensor& hidden) {
-  const Tensor to = depth.inputs.slice(at, hidden.rows());
-  kernels::copy_bytes(to.data, ctx.device, hidden.data, ctx.device, to.bytes());
+  copy_on_device(ctx, hidden, depth.inputs.slice(at, hidden.rows()));
 }
 
 Tensor MtpDrafter::run(const Context& ctx, int64_t k, DecodeState& state, int64_t length,
-                       std::span<const int32_t> tokens, const Tensor& inputs) {
+                       std::span<const int32_t> tokens, const Tensor& inputs, const Tensor& last) {
   rows_.clear();
   rows_.add_chain(length, tokens);
+  rows_.upload(ctx);
   const Tensor out = hidden_.slice(0, rows_.size());
-  model_.decode_mtp(ctx, k, rows_.tokens(), inputs, rows_.rows(), state, out);
+  const auto address = [](const void* at) { return reinterpret_cast<int64_t>(at); };
+  replay_(ctx, {2 * k + (last ? 1 : 0), rows_.size(), address(&state), address(inputs.data)}, [&] {
+    model_.decode_mtp(ctx, k, rows_.tokens(), inputs, rows_.rows(), state, out);
+    if (last) copy_on_device(ctx, out.slice(out.rows() - 1, 1), last);
+  });
   return out;
+}
+
+void MtpDrafter::commit(const Context& ctx, DecodeState& state) {
+  rows_.accept_first(0, rows_.size());
+  if (!rows_.path_matters()) return;
+  rows_.upload_path(ctx);
+  state.commit(ctx, rows_.path());
 }
 
 void MtpDrafter::observe(const Context& ctx, int64_t b, const SequenceView& view, const Tensor& hidden,
                          std::span<const int32_t> rows, int64_t) {
   Sequence& sequence = sequences_[b];
   Depth& first = sequence.depths[0];
-  for (const int32_t row : rows) append(ctx, first, first.count++, hidden.slice(row, 1));
+  const size_t count = rows.size();
+  for (size_t i = 0, n = 0; i < count; i += n) {
+    // Neighbours go in one copy.
+    for (n = 1; i + n < count && rows[i + n] == rows[i] + static_cast<int32_t>(n);) ++n;
+    append(ctx, first, first.count, hidden.slice(rows[i], static_cast<int64_t>(n)));
+    first.count += static_cast<int64_t>(n);
+  }
   catch_up(ctx, sequence, view.tokens);
 }
 
@@ -79,9 +98,8 @@ void MtpDrafter::catch_up(const Context& ctx, Sequence& sequence, std::span<cons
       const int64_t n = std::min({depth.count - done, known, rows_before_fold(depth.committed)});
       if (n <= 0) break;
       const Tensor out = run(ctx, k, depth.state, depth.committed, tokens.subspan(depth.committed + k, n),
-                             depth.inputs.slice(done, n));
-      rows_.accept_first(0, n);
-      depth.state.commit(ctx, rows_.path());
+                             depth.inputs.slice(done, n), k == 1 ? sequence.output : Tensor{});
+      commit(ctx, depth.state);
       depth.committed += n;
       done += n;
       if (k < modules_) {
@@ -89,9 +107,6 @@ void MtpDrafter::catch_up(const Context& ctx, Sequence& sequence, std::span<cons
         append(ctx, next, next.count, out);
         next.count += n;
       }
-      if (k == 1)
-        kernels::copy_bytes(sequence.output.data, ctx.device, out.slice(n - 1, 1).data, ctx.device,
-                            sequence.output.bytes());
     }
     for (int64_t i = 0; done > 0 && i < depth.count - done; ++i)
       append(ctx, depth, i, depth.inputs.slice(done + i, 1));
@@ -104,11 +119,10 @@ bool MtpDrafter::advance_drafted(const Context& ctx, Sequence& sequence, int64_t
   Depth& depth = sequence.depths[k - 1];
   const int64_t n = root - depth.committed;
   if ((root - 1) / kFold != depth.committed / kFold) return false;
-  const Tensor out = run(ctx, k, depth.state, depth.committed,
-                         std::span(text_).subspan(depth.committed + k, n), depth.inputs.slice(0, n));
+  const Tensor out =
+      run(ctx, k, depth.state, depth.committed, std::span(text_).subspan(depth.committed + k, n),
+          depth.inputs.slice(0, n), sequence.output);
   if (k < modules_) append(ctx, sequence.depths[k], sequence.depths[k].count, out);
-  kernels::copy_bytes(sequence.output.data, ctx.device, out.slice(n - 1, 1).data, ctx.device,
-                      sequence.output.bytes());
   return true;
 }
 
@@ -118,27 +132,31 @@ bool MtpDrafter::advance_beyond(const Context& ctx, Sequence& sequence, int64_t 
   Depth& depth = sequence.depths.back();
   const int64_t position = root + draft - modules_ - 1;
   if (position / kFold != depth.committed / kFold) return false;
-  if (position > depth.committed) {
-    rows_.accept_first(0, rows_.size());
-    depth.state.commit(ctx, rows_.path());
-  }
-  const Tensor out = run(ctx, modules_, depth.state, position,
-                         std::span(text_).subspan(position + modules_, 1), sequence.output);
-  kernels::copy_bytes(sequence.output.data, ctx.device, out.data, ctx.device, sequence.output.bytes());
+  if (position > depth.committed) commit(ctx, depth.state);
+  run(ctx, modules_, depth.state, position, std::span(text_).subspan(position + modules_, 1), sequence.output,
+      sequence.output);
   return true;
 }
 
 int32_t MtpDrafter::draft_token(const Context& ctx, const Sequence& sequence, const SequenceView& view,
                                 const DraftSettings& settings, int64_t b, int64_t draft, const float*& q) {
-  model_.logits(ctx, sequence.output, logits_);
-  if (!settings.sample) {
-    kernels::argmax(ctx, logits_, argmax_);
-    return *on_host(argmax_, argmax_mirror_);
-  }
   const int64_t row = b * max_drafts_ + draft - 1;
   const Tensor p = q_.slice(row, 1);
-  kernels::probabilities(ctx, logits_, static_cast<float>(settings.temperature), p);
-  q = on_host(p, q_mirror_[row]);
+  const float temperature = settings.sample ? static_cast<float>(settings.temperature) : 0.0f;
+  replay_(ctx, {0, settings.sample ? row + 1 : 0, std::bit_cast<int32_t>(temperature), b}, [&] {
+    model_.logits(ctx, sequence.output, logits_);
+    if (settings.sample)
+      kernels::probabilities(ctx, logits_, temperature, p);
+    else
+      kernels::argmax(ctx, logits_, argmax_);
+  });
+  if (settings.sample)
+    q_host_[row].send(ctx, p);
+  else
+    argmax_host_.send(ctx, argmax_);
+  kernels::synchronize(ctx.device, ctx.stream);
+  if (!settings.sample) return *argmax_host_.data<int32_t>();
+  q = q_host_[row].data<float>();
   return draw_index(q, model_.vocabulary(), view.key.draft(view.root_position() + draft, 0));
 }
 

@@ -34,8 +34,11 @@ class MtpDrafter : public Drafter {
 
   void append(const Context& ctx, Depth& depth, int64_t at, const Tensor& hidden);
   // Runs rows of the tokens at [position, position + inputs) through depth k, at a state of `length` rows.
+  // The hidden state of the last of them goes to `last` too, where that is a tensor.
   Tensor run(const Context& ctx, int64_t k, DecodeState& state, int64_t length,
-             std::span<const int32_t> tokens, const Tensor& inputs);
+             std::span<const int32_t> tokens, const Tensor& inputs, const Tensor& last);
+  // Commits all rows of the latest run.
+  void commit(const Context& ctx, DecodeState& state);
   void catch_up(const Context& ctx, Sequence& sequence, std::span<const int32_t> tokens);
   bool advance_drafted(const Context& ctx, Sequence& sequence, int64_t k, int64_t root);
   bool advance_beyond(const Context& ctx, Sequence& sequence, int64_t root, int64_t draft);
@@ -49,12 +52,14 @@ class MtpDrafter : public Drafter {
   kernels::Arena memory_;
   std::vector<Sequence> sequences_;
   StepRows rows_;
-  Tensor hidden_;                              // (64, C): outputs of the latest run
-  Tensor logits_;                              // (1, V)
-  Tensor q_;                                   // (B * max_drafts, V)
-  Tensor argmax_;                              // (1)
-  std::vector<int32_t> text_, argmax_mirror_;  // text_: accepted tokens and drafts
-  std::vector<std::vector<float>> q_mirror_;
+  Tensor hidden_;              // (64, C): outputs of the latest run
+  Tensor logits_;              // (1, V)
+  Tensor q_;                   // (B * max_drafts, V)
+  Tensor argmax_;              // (1)
+  std::vector<int32_t> text_;  // accepted tokens and drafts
+  HostCopy argmax_host_;
+  std::vector<HostCopy> q_host_;  // (B * max_drafts)
+  Replay replay_;
 };
 
 }  // namespace trainer

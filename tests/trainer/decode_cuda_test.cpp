@@ -1,0 +1,147 @@
+// Decoding on a GPU: speculation writes the plain text there too, and recorded steps compute what eager ones
+// do.
+#include <gtest/gtest.h>
+
+#include "kernels/core/stream.h"
+#include "tests/trainer/decode_model.h"
+#include "trainer/decode/costs.h"
+#include "trainer/decode/decoder.h"
+
+namespace trainer {
+namespace {
+
+using decode_test::random_tokens;
+using decode_test::tiny_model;
+using decode_test::TinyOptions;
+using Prompts = std::vector<std::vector<int32_t>>;
+
+constexpr kernels::Device kGpu{kernels::Device::Kind::cuda, 0};
+const kernels::Context kOnGpu{kGpu, {}, nullptr, false};
+constexpr int64_t kCapacity = 320;
+
+class DecodeCuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU here: " << kernels::cuda_problem();
+  }
+
+  // The weights of tiny_model, on the GPU.
+  static std::unique_ptr<Model> on_gpu(const TinyOptions& options, bool graph) {
+    const auto source = tiny_model(options);
+    configs::Config config = decode_test::tiny_config(options);
+    config.train.graph = graph;
+    auto model = std::make_unique<Model>(config, options.vocabulary);
+    ParameterStore& store = model->parameters();
+    store.allocate(kGpu, store.compute(), false);
+    for (size_t id = 0; id < store.parameters().size(); ++id) {
+      const Tensor from = source->parameters().weight(static_cast<int>(id)),
+                   to = store.weight(static_cast<int>(id));
+      kernels::copy_bytes(to.data, kGpu, from.data, {}, from.bytes());
+    }
+    model->prepare_decoding(kOnGpu);
+    return model;
+  }
+
+  static DecodeSettings settings(Acceptance acceptance = Acceptance::greedy) {
+    DecodeSettings settings;
+    settings.acceptance = acceptance;
+    settings.temperature = acceptance == Acceptance::greedy ? 0 : 1;
+    settings.max_tokens = 150;
+    return settings;
+  }
+
+  static std::vector<std::vector<int32_t>> texts(const DecodeRun& run) {
+    std::vector<std::vector<int32_t>> texts;
+    for (const DecodedSequence& sequence : run.sequences) texts.push_back(sequence.tokens);
+    return texts;
+  }
+};
+
+std::vector<TinyOptions> models() {
+  std::vector<TinyOptions> all;
+  for (const char* compute : {"fp32", "fp16", "bf16"})
+    for (const char* attention : {"linear", "softmax", "linear,softmax"}) {
+      TinyOptions options;
+      options.attention = attention;
+      options.compute = compute;
+      options.mtp = compute == std::string("fp16") ? 2 : 1;
+      all.push_back(options);
+    }
+  return all;
+}
+
+// Over several folds; every drafter of the table: chains, trees, MTP within and beyond its depths, n-grams.
+TEST_F(DecodeCuda, GreedyTextIsThatOfPlainDecoding) {
+  for (const TinyOptions& options : models()) {
+    const auto model = on_gpu(options, true);
+    Decoder decoder(kOnGpu, *model, 1, kCapacity);
+    for (const int64_t length : {1, 37, 64}) {
+      const Prompts prompts = {random_tokens(length, 100 + static_cast<uint64_t>(length))};
+      const DecodeRun plain = decoder.run(prompts, settings());
+      ASSERT_EQ(plain.sequences[0].tokens.size(), 150u);
+      for (const DrafterKind& kind : drafters()) {
+        const auto drafter = make_drafter(decoder, kind.name, model->config().decode);
+        const DecodeRun fast = decoder.run(prompts, settings(), drafter.get());
+        EXPECT_EQ(texts(fast), texts(plain))
+            << kind.name << ", " << options.attention << " " << options.compute << " after " << length;
+      }
+    }
+    EXPECT_TRUE(decoder.captured());
+  }
+}
+
+// Whatever the rule and the drafter, a recorded step is the eager step bit for bit: so are the texts.
+TEST_F(DecodeCuda, CapturedEqualsEager) {
+  TinyOptions options;
+  options.compute = "fp16";
+  const auto eager_model = on_gpu(options, false), model = on_gpu(options, true);
+  Decoder eager(kOnGpu, *eager_model, 3, kCapacity), captured(kOnGpu, *model, 3, kCapacity);
+  const Prompts prompts = {random_tokens(20, 1), random_tokens(64, 2), random_tokens(3, 3)};
+  for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
+    EXPECT_EQ(texts(captured.run(prompts, settings(rule))), texts(eager.run(prompts, settings(rule))));
+    for (const DrafterKind& kind : drafters()) {
+      const auto a = make_drafter(captured, kind.name, model->config().decode);
+      const auto b = make_drafter(eager, kind.name, eager_model->config().decode);
+      for (int again = 0; again < 2; ++again)
+        EXPECT_EQ(texts(captured.run(prompts, settings(rule), a.get())),
+                  texts(eager.run(prompts, settings(rule), b.get())))
+            << kind.name << ", " << to_string(rule);
+    }
+  }
+  EXPECT_TRUE(captured.captured());
+  EXPECT_FALSE(eager.captured());
+}
+
+// In fp32 the GPU writes the CPU's text, as far as rounding leaves the choice alone: sums of some hundred
+// terms in another order move a logit by about 1e-5 of its size, and the choices of these texts are clearer.
+TEST_F(DecodeCuda, WritesTheTextOfTheCpu) {
+  const TinyOptions options;
+  const auto cpu = tiny_model(options), gpu = on_gpu(options, true);
+  Decoder there(kOnGpu, *gpu, 1, kCapacity), here({}, *cpu, 1, kCapacity);
+  const Prompts prompts = {random_tokens(30, 8)};
+  EXPECT_EQ(texts(there.run(prompts, settings())), texts(here.run(prompts, settings())));
+}
+
+// After the first steps nothing is allocated, and a plain step waits once.
+TEST_F(DecodeCuda, AStepWaitsOnceAndTakesNoMemory) {
+  const auto model = on_gpu({}, true);
+  Decoder decoder(kOnGpu, *model, 1, kCapacity);
+  decoder.measure_step(1, 70, 4, settings());
+  const auto& counters = kernels::device_counters();
+  const int64_t waits = counters.synchronizations, allocations = counters.allocations;
+  constexpr int64_t kSteps = 6;
+  decoder.measure_step(1, 70, kSteps, settings());
+  // Another wait is that for a fresh state, before the first step.
+  EXPECT_EQ(counters.synchronizations - waits, kSteps + 1);
+  EXPECT_EQ(counters.allocations, allocations);
+}
+
+// More rows than one sequence's fold leaves room for never come; any other number has its own recording.
+TEST_F(DecodeCuda, EveryNumberOfRows) {
+  const auto model = on_gpu({}, true);
+  Decoder decoder(kOnGpu, *model, 1, kCapacity);
+  for (const double seconds : measure_step_costs(decoder, 64, settings())) EXPECT_GT(seconds, 0);
+}
+
+}  // namespace
+}  // namespace trainer
