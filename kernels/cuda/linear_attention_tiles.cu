@@ -14,6 +14,15 @@ namespace {
 template <int kD>
 inline constexpr int kBlocksPerMultiprocessor = kD == 128 ? 2 : 3;
 
+// Dynamic shared memory is only promised to begin at a multiple of 16 bytes.
+template <int kD>
+__device__ TileShared<kD>& align(char* memory) {
+  constexpr uint32_t kAlignment = alignof(TileShared<kD>);
+  return *reinterpret_cast<TileShared<kD>*>(memory + (0 - shared_address(memory)) % kAlignment);
+}
+template <int kD>
+inline constexpr int kSharedBytes = sizeof(TileShared<kD>) + alignof(TileShared<kD>);
+
 template <Sweep kSweep, class T, int kD, class Out, bool kGrouped, bool kStateOnly>
 __device__ void sweep_block(const TileTask& task, int block) {
   extern __shared__ char memory[];
@@ -23,9 +32,7 @@ __device__ void sweep_block(const TileTask& task, int block) {
   const Segment segment = find_segment<kStateOnly, kUp>(t, block / heads);
   if (segment.first == segment.last) return;
   const int key_head = kUp && !kStateOnly ? head / (t.heads / t.key_heads) : head;
-  TileSweep<kSweep, T, kD, Out, kGrouped, kStateOnly>(task, *reinterpret_cast<TileShared<kD>*>(memory),
-                                                      segment, head, key_head)
-      .run();
+  TileSweep<kSweep, T, kD, Out, kGrouped, kStateOnly>(task, align<kD>(memory), segment, head, key_head).run(segment);
 }
 
 template <Sweep kSweep, class T, int kD, class Out, bool kGrouped, bool kStateOnly>
@@ -48,10 +55,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<kD>)
 
 template <int kD, class Kernel>
 void launch(Kernel* kernel, int64_t grid, const TileTask& task, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(TileShared<kD>);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<kD>),
         "linear_attention");
-  kernel<<<static_cast<unsigned>(grid), kTileThreads, kBytes, stream>>>(task);
+  kernel<<<static_cast<unsigned>(grid), kTileThreads, kSharedBytes<kD>, stream>>>(task);
   check_launch("linear_attention");
 }
 

@@ -25,7 +25,7 @@ struct TileTask {
 };
 
 template <int kD>
-struct alignas(128) TileShared {
+struct alignas(256) TileShared {
   uint4 tile[3][2][kChunk * kD / 8];
   uint4 p[kChunk * kChunk / 8];
   float4 factors[2][kChunk];
@@ -38,12 +38,18 @@ class TileSweep {
  public:
   __device__ TileSweep(const TileTask& task, TileShared<kD>& shared, const Segment& segment, int head,
                        int key_head)
-      : t(task), m(shared), segment(segment), head(head), key_head(key_head) {}
+      : t(task),
+        m(shared),
+        first_row(segment.first),
+        last_row(segment.last),
+        begin_row(segment.first - segment.index * task.sweep.segment_rows),
+        head(head),
+        key_head(key_head) {}
 
-  __device__ void run() {
+  __device__ void run(const Segment& segment) {
     const int sources = kGrouped ? t.sweep.heads / t.sweep.key_heads : 1;
-    const int chunks = (segment.last - segment.first + kChunk - 1) / kChunk, items = chunks * sources;
-    load_state();
+    const int chunks = (last_row - first_row + kChunk - 1) / kChunk, items = chunks * sources;
+    load_state(segment);
     fetch(0, chunks);
     if constexpr (kFactors) {
       wait_for_copies<1>();
@@ -54,7 +60,7 @@ class TileSweep {
       const int y_before = p_exponent - s_exponent;
       choose_exponents(stage, row);
       wait_for_copies<0>();
-      make_operands(stage, segment.last - row);
+      make_operands(stage, last_row - row);
       __syncthreads();
       if (item + 1 < items) fetch(item + 1, chunks);
       if constexpr (!kStateOnly) scores(stage, row);
@@ -66,16 +72,25 @@ class TileSweep {
         } else {
           scale_outputs(power_of_two(y_before - p_exponent + s_exponent));
         }
+        Raw raw[2];
+        if constexpr (kSlopes) load_slopes(row, 0, raw[0]);
         from_chunk(stage);
-        if (!kGrouped || source == sources - 1) store(stage, row);
+        if (!kGrouped || source == sources - 1) {
+#pragma unroll
+          for (int part = 0; part < 4; ++part) {
+            if (kSlopes && part < 3) load_slopes(row, part + 1, raw[(part + 1) % 2]);
+            store(stage, row, part, raw[part % 2]);
+          }
+        }
       }
       if (kStateOnly || item + 1 < items) update(stage);
     }
-    if constexpr (kStateOnly) store_state();
+    if constexpr (kStateOnly) store_state(segment);
   }
 
  private:
   static constexpr bool kUp = ascending(kSweep), kHalf = std::is_same_v<T, __half>;
+  static constexpr bool kSlopes = kSweep == Sweep::dq || kSweep == Sweep::dk;
   static constexpr bool kForward = kSweep == Sweep::forward, kSums = kSweep != Sweep::dv;
   static constexpr bool kFactors = !kForward && !(kSweep == Sweep::dq && kStateOnly);
   static constexpr int kUnits = kD / 8, kColumns = kD / 4;  // columns of c per warp
@@ -85,33 +100,37 @@ class TileSweep {
 
   const TileTask& t;
   TileShared<kD>& m;
-  const Segment segment;
+  const int first_row, last_row, begin_row;  // of the segment, and where its sequence begins
   const int head, key_head;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float state[kRowTiles][kD / 8][4];  // times 2^s_exponent, as b or c is
   float y[4][kColumnTiles][4];        // of the chunk, times 2^(s_exponent - p_exponent)
-  float column[2] = {0, 0};           // running sums of two columns over this lane's rows
   int s_exponent = 0, p_exponent = 0;
   int parity = 0;  // which of the two sums holds what lies before this item
 
   __device__ int row_of(int item, int chunks) const {
     const int chunk = kGrouped ? item / (t.sweep.heads / t.sweep.key_heads) : item;
-    return segment.first + (kUp ? chunk : chunks - 1 - chunk) * kChunk;
+    return first_row + (kUp ? chunk : chunks - 1 - chunk) * kChunk;
   }
   __device__ const T* from(const Rows& x, int row, int h) const {
     return static_cast<const T*>(x.data) + row * x.stride + h * kD;
   }
 
   // ---- tiles ----
-  __device__ void fetch_tile(uint4* tile, const Rows& x, int row, int h) const {
-    const int unit = threadIdx.x % kUnits;
-    const uint32_t to = shared_address(tile);
-    const T* at = from(x, row, h) + unit * 8;
+  // A thread fetches the same unit of every kStep-th row, and makes features of those.
+  static constexpr int kStep = kTileThreads / kUnits, kSteps = kChunk / kStep;
+  static constexpr uint32_t kStepBytes = kStep * kUnits * 16;  // rows 8 apart have the same places for units
+  __device__ static uint32_t own_units(const uint4* tile) {
+    return shared_address(tile) + unit_offset<kUnits>(threadIdx.x / kUnits, threadIdx.x % kUnits);
+  }
+  __device__ void fetch_tile(const uint4* tile, const Rows& x, int row, int h) const {
+    const int first = threadIdx.x / kUnits, inside = last_row - row;
+    const uint32_t to = own_units(tile);
+    const T* at = from(x, row + first, h) + threadIdx.x % kUnits * 8;
+    const int64_t step = x.stride * kStep;
 #pragma unroll
-    for (int r = threadIdx.x / kUnits; r < kChunk; r += kTileThreads / kUnits) {
-      const bool inside = row + r < segment.last;
-      copy_unit(to + unit_offset<kUnits>(r, unit), inside ? at + r * x.stride : at, inside);
-    }
+    for (int i = 0; i < kSteps; ++i)
+      copy_unit(to + i * kStepBytes, at + i * step, first + i * kStep < inside);
   }
   __device__ void fetch(int item, int chunks) const {
     const SweepTask& s = t.sweep;
@@ -121,13 +140,18 @@ class TileSweep {
     if constexpr (kFactors) {
       const int r = threadIdx.x;
       const float4* at = t.factors + int64_t{query_head} * s.rows + row;
-      const bool inside = row + r < segment.last;
-      if (r < kChunk) copy_unit(shared_address(&m.factors[stage][r]), inside ? at + r : at, inside);
+      if (r < kChunk) copy_unit(shared_address(&m.factors[stage][r]), at + r, row + r < last_row);
       end_copies();
     }
     if constexpr (!kStateOnly) {
       const Rows& a = kForward ? s.q : kSweep == Sweep::dq ? s.dout : kSweep == Sweep::dk ? s.v : s.k;
       fetch_tile(m.tile[kA][stage], a, row, kUp ? head : key_head);
+    }
+    if constexpr (kSlopes && !kStateOnly) {
+      const Rows& x = kSweep == Sweep::dq ? s.q : s.k;
+      constexpr int kLines = kD / 64;  // of 128 bytes
+      const int r = threadIdx.x / kLines;
+      if (row + r < last_row) prefetch(from(x, row + r, kUp ? head : key_head) + threadIdx.x % kLines * 64);
     }
     const Rows& b = kForward ? s.k : kSweep == Sweep::dq ? s.v : kSweep == Sweep::dk ? s.dout : s.q;
     const Rows& c = kForward ? s.v : kSweep == Sweep::dq ? s.k : kSweep == Sweep::dk ? s.q : s.dout;
@@ -139,28 +163,35 @@ class TileSweep {
   // phi in place, of the units this thread has fetched; times the row's factor and 2^s_exponent where asked.
   template <bool kScaled>
   __device__ void make_features(uint4* tile, int stage, int inside) const {
-    const int unit = threadIdx.x % kUnits;
+    const int first = threadIdx.x / kUnits;
     const float scale = kHalf ? power_of_two(s_exponent) : 1;
+    char* own = reinterpret_cast<char*>(tile) + unit_offset<kUnits>(first, threadIdx.x % kUnits);
 #pragma unroll 2
-    for (int r = threadIdx.x / kUnits; r < kChunk; r += kTileThreads / kUnits) {
-      auto* at = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(tile) + unit_offset<kUnits>(r, unit));
+    for (int i = 0; i < kSteps; ++i) {
+      auto* at = reinterpret_cast<uint32_t*>(own + i * kStepBytes);
       auto x = load_vector<uint32_t>(at);
+      const int r = first + i * kStep;
       float factor = 1;
       if constexpr (kScaled) factor = m.factors[stage][r].x * scale;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack<T>(x.at[i]);
-        x.at[i] = r < inside ? pack<T>(feature<kScaled>(v.x, factor), feature<kScaled>(v.y, factor)) : 0;
+      for (int j = 0; j < 4; ++j) {
+        uint32_t y;
+        if constexpr (kScaled) {
+          const float2 v = unpack<T>(x.at[j]);
+          y = pack<T>(scaled_feature(v.x, factor), scaled_feature(v.y, factor));
+        } else {
+          y = elu_plus_one<T>(x.at[j]);
+        }
+        x.at[j] = r < inside ? y : 0;
       }
       store_vector(at, x);
     }
   }
-  template <bool kScaled>
-  __device__ static float feature(float x, float factor) {
-    const float y = x > 0 ? x + 1 : fast_exp(x);
-    if constexpr (!kScaled) return y;
-    return kHalf && y * factor > 65504.0f ? 65504.0f : y * factor;
+  __device__ static float scaled_feature(float x, float factor) {
+    const float y = ((x > 0 ? x : 0) + slope(x)) * factor;
+    return kHalf && y > 65504.0f ? 65504.0f : y;
   }
+  __device__ static float slope(float x) { return fast_exp(x > 0 ? 0 : x); }
   __device__ void make_operands(int stage, int inside) const {
     if constexpr (!kStateOnly && (kForward || kSweep == Sweep::dv))
       make_features<false>(m.tile[kA][stage], stage, inside);
@@ -170,20 +201,20 @@ class TileSweep {
     if constexpr (kSweep == Sweep::dk) make_features<true>(m.tile[kC][stage], stage, inside);
   }
 
-  // Left operand, or right operand by rows: 16 rows from `row` on, 16 columns from 16 `column` on.
-  __device__ void left(const uint4* tile, int units, int row, int column, uint32_t (&r)[4]) const {
-    const int at = row + lane % 16, unit = 2 * column + lane / 16;
-    load_matrices(shared_address(tile) + at * units * 16 + ((unit ^ (lane & 7)) << 4), r);
+  // Addresses of load_matrices: of a lane in the tile's corner, then 16 rows from `row` on and the 16 columns
+  // from 16 `column` on. The corner of a tile is a multiple of 256 bytes, so that a column is one XOR away.
+  // left: the left operand, and transposed the right operand of a product over rows. right: the right operand
+  // by rows, and transposed the left operand of a product over rows.
+  template <int kTileUnits>
+  __device__ uint32_t left_corner(const uint4* tile) const {
+    return shared_address(tile) + unit_offset<kTileUnits>(lane % 16, lane / 16);
   }
-  __device__ void right(const uint4* tile, int row, int column, uint32_t (&r)[4]) const {
-    const int at = row + lane % 8 + lane / 16 * 8, unit = 2 * column + lane / 8 % 2;
-    load_matrices(shared_address(tile) + at * kUnits * 16 + ((unit ^ (lane & 7)) << 4), r);
+  __device__ uint32_t right_corner(const uint4* tile) const {
+    return shared_address(tile) + unit_offset<kUnits>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
-  // 16 rows by 16 columns, transposed: the right operand {0, 1} and {2, 3} of a product over rows, and the
-  // left operand {0, 2, 1, 3} of its transpose.
-  __device__ void across(const uint4* tile, int row, int column, uint32_t (&r)[4]) const {
-    const int at = row + lane % 16, unit = 2 * column + lane / 16;
-    load_matrices_transposed(shared_address(tile) + at * kUnits * 16 + ((unit ^ (lane & 7)) << 4), r);
+  template <int kTileUnits>
+  __device__ static uint32_t place(uint32_t corner, int row, int column) {
+    return (corner ^ static_cast<uint32_t>(column << 5)) + row * kTileUnits * 16;
   }
 
   // ---- scales ----
@@ -194,7 +225,7 @@ class TileSweep {
       const float4 low = m.factors[stage][lane], high = m.factors[stage][lane + 32];
       const int peak = exponent(warp_reduce<Max>(fmaxf(low.z, high.z)));
       const bool normalise = t.sweep.denominator != nullptr;
-      const int position = row - segment.first + segment.index * t.sweep.segment_rows;
+      const int position = row - begin_row;
       const int place = normalise ? exponent(static_cast<float>(position + 1)) + 2 : 0;
       if constexpr (!kUp)
         rescale_state(min(max(place - exponent(warp_reduce<Max>(fmaxf(low.w, high.w))), -100), 100));
@@ -225,6 +256,8 @@ class TileSweep {
   // Warp w makes rows [16 w, 16 w + 16) of P, 32 columns at a time, as far as anything is visible.
   __device__ void scores(int stage, int row) {
     float sum[2] = {0, 0};
+    const uint32_t left = left_corner<kUnits>(m.tile[kA][stage]) + warp * 16 * kUnits * 16,
+                   right = right_corner(m.tile[kB][stage]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (kUp ? half * 32 > warp * 16 + 15 : half * 32 + 31 < warp * 16) continue;
@@ -232,10 +265,10 @@ class TileSweep {
 #pragma unroll
       for (int k = 0; k < kD / 16; ++k) {
         uint32_t a[4], b[4];
-        left(m.tile[kA][stage], kUnits, warp * 16, k, a);
+        load_matrices(place<kUnits>(left, 0, k), a);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          right(m.tile[kB][stage], half * 32 + j * 16, k, b);
+          load_matrices(place<kUnits>(right, half * 32 + j * 16, k), b);
           multiply_add<T>(p[2 * j], a[0], a[1], a[2], a[3], b[0], b[1]);
           multiply_add<T>(p[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
@@ -247,7 +280,8 @@ class TileSweep {
   }
   __device__ void mask_and_store(int stage, int half, const float (&p)[4][4], float (&sum)[2]) {
     const float scale = kHalf ? power_of_two(-p_exponent) : 1;
-    char* to = reinterpret_cast<char*>(m.p);
+    // Rows of P lie 128 bytes apart; r % 8 is lane / 4.
+    char* to = reinterpret_cast<char*>(m.p) + (warp * 16 + lane / 4) * kChunk * 2 + lane % 4 * 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -259,7 +293,7 @@ class TileSweep {
         if (kUp ? c > r : c < r) v.x = 0;
         if (kUp ? c + 1 > r : c + 1 < r) v.y = 0;
         sum[x] += v.x + v.y;
-        *reinterpret_cast<uint32_t*>(to + unit_offset<kChunk / 8>(r, c / 8) + c % 8 * 2) =
+        *reinterpret_cast<uint32_t*>(to + x * 8 * kChunk * 2 + (((half * 4 + j) ^ (lane / 4)) << 4)) =
             pack<T>(v.x * scale, v.y * scale);
       }
   }
@@ -290,7 +324,7 @@ class TileSweep {
     total += (mine < 8 ? upper : lower) + t.sweep.eps;
     if (half != 0) return;
     m.inverse[r] = 1 / total;
-    if (row + r < segment.last) t.sweep.denominator[(row + r) * t.sweep.denominator_stride + head] = total;
+    if (row + r < last_row) t.sweep.denominator[(row + r) * t.sweep.denominator_stride + head] = total;
   }
 
   // ---- y ----
@@ -307,6 +341,7 @@ class TileSweep {
       e = min(max(exponent(warp_reduce<Max>(peak)) - 14, -100), 100);
     }
     const float scale = power_of_two(-e);
+    const uint32_t left = left_corner<kUnits>(m.tile[kA][stage]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -327,14 +362,14 @@ class TileSweep {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t a[4];
-        left(m.tile[kA][stage], kUnits, i * 16, k, a);
+        load_matrices(place<kUnits>(left, i * 16, k), a);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j)
           multiply_add<T>(y[i][j], a[0], a[1], a[2], a[3], b[j][0], b[j][1]);
       }
     }
     scale_outputs(power_of_two(e - p_exponent));
-    if constexpr (kSweep == Sweep::dq || kSweep == Sweep::dk) add_extra(stage);
+    if constexpr (kSlopes) add_extra(stage);
   }
   // The extra column of a times the extra row of the state.
   __device__ void add_extra(int stage) {
@@ -354,16 +389,18 @@ class TileSweep {
     }
   }
   __device__ void from_chunk(int stage) {
+    const uint32_t corner = left_corner<kUnits>(m.tile[kC][stage]) ^ (warp * kRowTiles << 5),
+                   left = left_corner<kChunk / 8>(m.p);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
       uint32_t c[kRowTiles][4];
 #pragma unroll
-      for (int j = 0; j < kRowTiles; ++j) across(m.tile[kC][stage], k * 16, warp * kRowTiles + j, c[j]);
+      for (int j = 0; j < kRowTiles; ++j) load_matrices_transposed(place<kUnits>(corner, k * 16, j), c[j]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (kUp ? i < k : i > k) continue;
         uint32_t p[4];
-        left(m.p, kChunk / 8, i * 16, k, p);
+        load_matrices(place<kChunk / 8>(left, i * 16, k), p);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j)
           multiply_add<T>(y[i][j], p[0], p[1], p[2], p[3], c[j / 2][j % 2 * 2], c[j / 2][j % 2 * 2 + 1]);
@@ -378,75 +415,82 @@ class TileSweep {
     const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
     (odd ? low : high) = other;
   }
-  // phi' of q or k at two pairs of columns.
-  __device__ void multiply_slopes(const Rows& x, int row, int h, int at, bool inside, float (&v)[4]) const {
-    uint2 raw = {0, 0};
-    if (inside) raw = *reinterpret_cast<const uint2*>(from(x, row, h) + at);
+  // What phi' is taken of: q or k at the places this lane stores, of half a chunk, rows 8 apart. Asked for
+  // well before it is used.
+  using Raw = uint2[4][kColumnTiles / 2];
+  __device__ int stored_column() const { return warp * kColumns + lane % 2 * 8 + lane % 4 / 2 * 4; }
+  __device__ void load_slopes(int row, int part, Raw& raw) const {
+    const Rows& x = kSweep == Sweep::dq ? t.sweep.q : t.sweep.k;
+    const int first = row + lane / 4 + 16 * part;
+    const T* at = from(x, first, kSweep == Sweep::dq ? head : key_head) + stored_column();
+#pragma unroll
+    for (int i = 0; i < 2; ++i, at += 8 * x.stride)
+#pragma unroll
+      for (int j = 0; j < kColumnTiles / 2; ++j) {
+        raw[i][j] = {0, 0};
+        if (first + 8 * i < last_row) raw[i][j] = *reinterpret_cast<const uint2*>(at + j * 16);
+      }
+  }
+  __device__ static void multiply_slopes(uint2 raw, float (&v)[4]) {
     exchange(raw.x, raw.y);
     const float2 low = unpack<T>(raw.x), high = unpack<T>(raw.y);
-    v[0] *= low.x > 0 ? 1 : fast_exp(low.x);
-    v[1] *= low.y > 0 ? 1 : fast_exp(low.y);
-    v[2] *= high.x > 0 ? 1 : fast_exp(high.x);
-    v[3] *= high.y > 0 ? 1 : fast_exp(high.y);
+    v[0] *= slope(low.x);
+    v[1] *= slope(low.y);
+    v[2] *= slope(high.x);
+    v[3] *= slope(high.y);
   }
-  __device__ void store(int stage, int row) const {
-    const SweepTask& s = t.sweep;
-    const Rows& out = kSweep == Sweep::dv ? t.dv : s.out;
-    const int out_head = kUp ? head : key_head;
+  __device__ void store(int stage, int row, int part, const Raw& raw) const {
+    const Rows& out = kSweep == Sweep::dv ? t.dv : t.sweep.out;
     const float unit = kHalf ? power_of_two(p_exponent - s_exponent) : 1;
+    const bool divide = kForward && t.sweep.denominator;
+    const int first = lane / 4 + 16 * part;
+    Out* to = static_cast<Out*>(out.data) + (row + first) * out.stride + (kUp ? head : key_head) * kD;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 2; ++i, to += 8 * out.stride) {
+      const int r = first + 8 * i, x = 2 * i;
+      const bool inside = row + r < last_row;
+      float factor = unit;
+      if (divide) factor *= m.inverse[r];
+      if constexpr (kSweep == Sweep::dq) factor *= m.factors[stage][r].x;
 #pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        const int r = i * 16 + lane / 4 + 8 * x;
-        const bool inside = row + r < segment.last;
-        float factor = unit;
-        if (kForward && s.denominator) factor *= m.inverse[r];
-        if constexpr (kSweep == Sweep::dq) factor *= m.factors[stage][r].x;
-        Out* to = static_cast<Out*>(out.data) + (row + r) * out.stride + out_head * kD;
-#pragma unroll
-        for (int j = 0; j < kColumnTiles; j += 2) {
-          float v[4] = {y[i][j][2 * x] * factor, y[i][j][2 * x + 1] * factor, y[i][j + 1][2 * x] * factor,
-                        y[i][j + 1][2 * x + 1] * factor};
-          const int column = warp * kColumns + j * 8, at = column + lane % 2 * 8 + lane % 4 / 2 * 4;
-          if constexpr (kSweep == Sweep::dq) multiply_slopes(s.q, row + r, head, at, inside, v);
-          if constexpr (kSweep == Sweep::dk) multiply_slopes(s.k, row + r, key_head, at, inside, v);
-          if constexpr (std::is_same_v<Out, float>) {
-            if (!inside) continue;
-            *reinterpret_cast<float2*>(to + column + lane % 4 * 2) = {v[0], v[1]};
-            *reinterpret_cast<float2*>(to + column + 8 + lane % 4 * 2) = {v[2], v[3]};
-          } else {
-            uint2 packed = {pack<T>(v[0], v[1]), pack<T>(v[2], v[3])};
-            exchange(packed.x, packed.y);
-            if (inside) *reinterpret_cast<uint2*>(to + at) = packed;
-          }
+      for (int j = 0; j < kColumnTiles; j += 2) {
+        const float(&low)[4] = y[part][j], (&high)[4] = y[part][j + 1];
+        float v[4] = {low[x] * factor, low[x + 1] * factor, high[x] * factor, high[x + 1] * factor};
+        if constexpr (kSlopes) multiply_slopes(raw[i][j / 2], v);
+        if constexpr (std::is_same_v<Out, float>) {
+          Out* at = to + warp * kColumns + j * 8 + lane % 4 * 2;
+          if (inside) *reinterpret_cast<float2*>(at) = {v[0], v[1]};
+          if (inside) *reinterpret_cast<float2*>(at + 8) = {v[2], v[3]};
+        } else {
+          uint2 packed = {pack<T>(v[0], v[1]), pack<T>(v[2], v[3])};
+          exchange(packed.x, packed.y);
+          if (inside) *reinterpret_cast<uint2*>(to + stored_column() + j * 8) = packed;
         }
       }
+    }
   }
 
   // ---- state ----
   __device__ void update(int stage) {
+    const uint32_t corner = right_corner(m.tile[kC][stage]) ^ (warp * kRowTiles << 5),
+                   right = left_corner<kUnits>(m.tile[kB][stage]);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
       uint32_t c[kRowTiles][4];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) across(m.tile[kC][stage], k * 16, warp * kRowTiles + i, c[i]);
+      for (int i = 0; i < kRowTiles; ++i) load_matrices_transposed(place<kUnits>(corner, k * 16, i), c[i]);
 #pragma unroll
       for (int j = 0; j < kD / 16; ++j) {
         uint32_t b[4];
-        across(m.tile[kB][stage], k * 16, j, b);
+        load_matrices_transposed(place<kUnits>(right, k * 16, j), b);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          multiply_add<T>(state[i][2 * j], c[i][0], c[i][2], c[i][1], c[i][3], b[0], b[1]);
-          multiply_add<T>(state[i][2 * j + 1], c[i][0], c[i][2], c[i][1], c[i][3], b[2], b[3]);
+          multiply_add<T>(state[i][2 * j], c[i][0], c[i][1], c[i][2], c[i][3], b[0], b[1]);
+          multiply_add<T>(state[i][2 * j + 1], c[i][0], c[i][1], c[i][2], c[i][3], b[2], b[3]);
         }
       }
     }
-    if constexpr (kSums) {
-      add_columns(stage);
-      parity ^= 1;
-      if constexpr (!kStateOnly) publish_sums();
-    }
+    if constexpr (kSums) add_columns(stage);
   }
   // The extra row of the state (the extra column of c in the forward): sums of columns, weighted in dk.
   __device__ void add_columns(int stage) {
@@ -464,25 +508,23 @@ class TileSweep {
       sum.y += weight * x.y;
     }
     const float unit = kHalf ? power_of_two(-s_exponent) : 1;
-    column[0] += sum.x * unit;
-    column[1] += sum.y * unit;
-  }
-  __device__ float2 total_columns() const {
-    float2 total = {column[0], column[1]};
 #pragma unroll
     for (int offset = kPairs; offset < 32; offset *= 2) {
-      total.x += __shfl_xor_sync(0xffffffffu, total.x, offset);
-      total.y += __shfl_xor_sync(0xffffffffu, total.y, offset);
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
     }
-    return total;
+    if (lane < kPairs) {
+      const float2 before = *own_sums(parity);
+      *own_sums(parity ^ 1) = {before.x + sum.x * unit, before.y + sum.y * unit};
+    }
+    parity ^= 1;
   }
-  __device__ void publish_sums() {
-    const float2 total = total_columns();
-    if (lane < kPairs) *reinterpret_cast<float2*>(m.sums[parity] + 2 * (warp * kPairs + lane)) = total;
+  __device__ float2* own_sums(int which) const {
+    return reinterpret_cast<float2*>(m.sums[which] + 2 * (warp * kPairs + lane % kPairs));
   }
 
   // States lie in memory as (features, values), then the sums over the features.
-  __device__ float* state_of(int index) const {
+  __device__ float* state_of(const Segment& segment, int index) const {
     const int64_t slot = segment.base + index - (kUp ? 0 : 1);
     return t.sweep.states + (slot * t.sweep.key_heads + key_head) * (kD * kD + kD);
   }
@@ -497,31 +539,30 @@ class TileSweep {
           fn(warp * kColumns + i * 16 + lane / 4 + 8 * x, j * 8 + lane % 4 * 2, state[i][j][2 * x],
              state[i][j][2 * x + 1]);
   }
-  __device__ void load_state() {
+  __device__ void load_state(const Segment& segment) {
     for_each_pair([](int, int, float& low, float& high) { low = high = 0; });
-    if (kStateOnly) return;
     constexpr bool kTransposed = kForward || kSweep == Sweep::dv;
+    float2 sums = {0, 0};
     const int begin = kUp ? 0 : segment.index + 1, end = kUp ? segment.index : segment.count;
-    for (int index = begin; index < end; ++index) {
-      const float* from = state_of(index);
+    for (int index = begin; !kStateOnly && index < end; ++index) {
+      const float* from = state_of(segment, index);
       for_each_pair([&](int n, int k, float& low, float& high) {
         low += kTransposed ? from[k * kD + n] : from[n * kD + k];
         high += kTransposed ? from[(k + 1) * kD + n] : from[n * kD + k + 1];
       });
-      if (!kSums || lane >= kPairs) continue;
-      column[0] += from[kD * kD + 2 * (warp * kPairs + lane)];
-      column[1] += from[kD * kD + 2 * (warp * kPairs + lane) + 1];
+      const float* more = from + kD * kD + 2 * (warp * kPairs + lane % kPairs);
+      sums.x += more[0];
+      sums.y += more[1];
     }
-    if constexpr (kSums) publish_sums();
+    if (lane < kPairs) *own_sums(parity) = sums;
   }
-  __device__ void store_state() {
-    float* to = state_of(segment.index);
+  __device__ void store_state(const Segment& segment) {
+    float* to = state_of(segment, segment.index);
     const float unit = kHalf ? power_of_two(-s_exponent) : 1;
     for_each_pair([&](int n, int k, float& low, float& high) {
       *reinterpret_cast<float2*>(to + n * kD + k) = {low * unit, high * unit};
     });
-    const float2 total = total_columns();
-    if (lane < kPairs) *reinterpret_cast<float2*>(to + kD * kD + 2 * (warp * kPairs + lane)) = total;
+    if (lane < kPairs) reinterpret_cast<float2*>(to + kD * kD)[warp * kPairs + lane] = *own_sums(parity);
   }
 };
 

@@ -31,6 +31,11 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Brings the line of 128 bytes that holds `from` to level 2.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives, of each, row l /
 // 4, columns 2 (l % 4) and the next one. Transposed: column l / 4, rows 2 (l % 4) and the next one.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]) {
@@ -51,12 +56,12 @@ template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                              uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -86,6 +91,21 @@ __device__ __forceinline__ float fast_exp(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
   return y;
+}
+
+// elu + 1 of two elements. Where max(x, 0) is not zero the exponential is 1, so that the sum is rounded once,
+// as it would be from fp32; not a number stays so.
+template <class T>
+__device__ __forceinline__ uint32_t elu_plus_one(uint32_t x) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const Pair v = *reinterpret_cast<const Pair*>(&x);
+  const uint32_t zero = 0;
+  const Pair zeros = *reinterpret_cast<const Pair*>(&zero);
+  const Pair low = __hmin2_nan(v, zeros), high = __hmax2(v, zeros);
+  const float2 e = unpack<T>(*reinterpret_cast<const uint32_t*>(&low));
+  const uint32_t rounded = pack<T>(fast_exp(e.x), fast_exp(e.y));
+  const Pair sum = __hadd2(*reinterpret_cast<const Pair*>(&rounded), high);
+  return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
 // 2^n for n in [-126, 127], and the exponent of a normal number (0: -127; infinite: 128).
