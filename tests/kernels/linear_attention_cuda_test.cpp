@@ -247,4 +247,36 @@ TEST(CudaLinearAttention, GradientsOfAnySizeSideBySide) {
   }
 }
 
+// An overflow must not vanish on the way. Neighbours within 16 rows before may become not a number as well.
+TEST(CudaLinearAttention, NotANumberReachesEveryRowThatSeesIt) {
+  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
+  const kernels::Shape shape = {90, 1, 64};
+  for (int poisoned = 0; poisoned < 3; ++poisoned) {
+    TensorBuffer x[3], o(DType::f16, shape, kCuda), denominator(DType::f32, {90, 1}, kCuda),
+        boundaries(DType::i32, {3}, kCuda);
+    for (uint64_t i = 0; i < 3; ++i) {
+      x[i] = TensorBuffer(DType::f16, shape, kCuda);
+      x[i].set(fp16_normal(shape, i + 1).values());
+    }
+    x[poisoned].set(20 * 64 + 3, std::nan(""));
+    boundaries.set(std::vector<double>{0, 80, 90});
+    kernels::Arena scratch("scratch", kCuda);
+    kernels::Context ctx{.device = kCuda, .stream = {}, .scratch = &scratch, .rehearsal = true};
+    const auto run = [&] {
+      kernels::linear_attention(ctx, {}, x[0], x[1], x[2], boundaries, o, denominator);
+    };
+    run();
+    scratch.place();
+    ctx.rehearsal = false;
+    run();
+    const auto y = o.values();
+    for (size_t i = 0; i < 90; ++i) {
+      const bool sees = poisoned == 0 ? i == 20 : i >= 20 && i < 80;
+      if (sees || i < 16 || i >= 80) {
+        EXPECT_EQ(std::isnan(y[i * 64 + 3]), sees) << poisoned << ", row " << i;
+      }
+    }
+  }
+}
+
 }  // namespace

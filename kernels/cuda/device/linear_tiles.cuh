@@ -8,43 +8,17 @@
 // fp16 has little range, so what is rounded to it is scaled by powers of two, exactly undone in fp32:
 //   S by the warp's largest element; P = do . v by the chunk's largest |do|; phi(q) / denominator, which
 //   shrinks as 1 / position, by the position. bf16 needs none of it.
-#include "kernels/cuda/device/element.cuh"
-#include "kernels/cuda/device/linear_sweep.cuh"
-#include "kernels/cuda/device/mma.cuh"
+#include "kernels/cuda/device/linear_operands.cuh"
 #include "kernels/cuda/device/reduce.cuh"
 
 namespace kernels::cuda {
 
-constexpr int kChunk = 64, kTileThreads = 128;
-
-struct TileTask {
-  SweepTask sweep;  // dout: g, of the compute type, with do = f g for each row's power of two f
-  Rows dv;          // the second result of the sweeps for keys; the first one is sweep.out
-  // (H, N): x = f / denominator, y = -(g . o) or 0, z = max |g|, w = f.
-  const float4* factors = nullptr;
-};
-
-template <int kD>
-struct alignas(256) TileShared {
-  uint4 tile[3][2][kChunk * kD / 8];
-  uint4 p[kChunk * kChunk / 8];
-  float4 factors[2][kChunk];
-  float sums[2][kD];
-  float inverse[kChunk];
-};
-
 template <Sweep kSweep, class T, int kD, class Out, bool kGrouped, bool kStateOnly>
-class TileSweep {
+class TileSweep : SweepOperands<kSweep, T, kD, kGrouped, kStateOnly> {
+  using Base = SweepOperands<kSweep, T, kD, kGrouped, kStateOnly>;
+
  public:
-  __device__ TileSweep(const TileTask& task, TileShared<kD>& shared, const Segment& segment, int head,
-                       int key_head)
-      : t(task),
-        m(shared),
-        first_row(segment.first),
-        last_row(segment.last),
-        begin_row(segment.first - segment.index * task.sweep.segment_rows),
-        head(head),
-        key_head(key_head) {}
+  using Base::Base;
 
   __device__ void run(const Segment& segment) {
     const int sources = kGrouped ? t.sweep.heads / t.sweep.key_heads : 1;
@@ -60,7 +34,7 @@ class TileSweep {
       const int y_before = p_exponent - s_exponent;
       choose_exponents(stage, row);
       wait_for_copies<0>();
-      make_operands(stage, last_row - row);
+      make_operands(stage, last_row - row, kHalf ? power_of_two(s_exponent) : 1);
       __syncthreads();
       if (item + 1 < items) fetch(item + 1, chunks);
       if constexpr (!kStateOnly) scores(stage, row);
@@ -89,133 +63,19 @@ class TileSweep {
   }
 
  private:
-  static constexpr bool kUp = ascending(kSweep), kHalf = std::is_same_v<T, __half>;
-  static constexpr bool kSlopes = kSweep == Sweep::dq || kSweep == Sweep::dk;
-  static constexpr bool kForward = kSweep == Sweep::forward, kSums = kSweep != Sweep::dv;
-  static constexpr bool kFactors = !kForward && !(kSweep == Sweep::dq && kStateOnly);
-  static constexpr int kUnits = kD / 8, kColumns = kD / 4;  // columns of c per warp
+  using Base::begin_row, Base::first_row, Base::last_row, Base::head, Base::key_head, Base::lane, Base::warp;
+  using Base::kA, Base::kB, Base::kC, Base::m, Base::t;
+  using Base::kFactors, Base::kForward, Base::kHalf, Base::kSlopes, Base::kUnits, Base::kUp;
+  using Base::row_of, Base::from, Base::fetch, Base::make_operands, Base::slope;
+  static constexpr bool kSums = kSweep != Sweep::dv;
+  static constexpr int kColumns = kD / 4;  // of c, per warp
   static constexpr int kRowTiles = kColumns / 16, kColumnTiles = kColumns / 8;
   static constexpr int kPairs = kD / 8, kParts = 32 / kPairs;  // column sums: pairs of columns, parts of rows
-  enum Tile { kA, kB, kC };
 
-  const TileTask& t;
-  TileShared<kD>& m;
-  const int first_row, last_row, begin_row;  // of the segment, and where its sequence begins
-  const int head, key_head;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float state[kRowTiles][kD / 8][4];  // times 2^s_exponent, as b or c is
   float y[4][kColumnTiles][4];        // of the chunk, times 2^(s_exponent - p_exponent)
   int s_exponent = 0, p_exponent = 0;
   int parity = 0;  // which of the two sums holds what lies before this item
-
-  __device__ int row_of(int item, int chunks) const {
-    const int chunk = kGrouped ? item / (t.sweep.heads / t.sweep.key_heads) : item;
-    return first_row + (kUp ? chunk : chunks - 1 - chunk) * kChunk;
-  }
-  __device__ const T* from(const Rows& x, int row, int h) const {
-    return static_cast<const T*>(x.data) + row * x.stride + h * kD;
-  }
-
-  // ---- tiles ----
-  // A thread fetches the same unit of every kStep-th row, and makes features of those.
-  static constexpr int kStep = kTileThreads / kUnits, kSteps = kChunk / kStep;
-  static constexpr uint32_t kStepBytes = kStep * kUnits * 16;  // rows 8 apart have the same places for units
-  __device__ static uint32_t own_units(const uint4* tile) {
-    return shared_address(tile) + unit_offset<kUnits>(threadIdx.x / kUnits, threadIdx.x % kUnits);
-  }
-  __device__ void fetch_tile(const uint4* tile, const Rows& x, int row, int h) const {
-    const int first = threadIdx.x / kUnits, inside = last_row - row;
-    const uint32_t to = own_units(tile);
-    const T* at = from(x, row + first, h) + threadIdx.x % kUnits * 8;
-    const int64_t step = x.stride * kStep;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      copy_unit(to + i * kStepBytes, at + i * step, first + i * kStep < inside);
-  }
-  __device__ void fetch(int item, int chunks) const {
-    const SweepTask& s = t.sweep;
-    const int stage = item & 1, row = row_of(item, chunks);
-    const int sources = kGrouped ? s.heads / s.key_heads : 1;
-    const int query_head = kUp ? head : key_head * sources + item % sources;
-    if constexpr (kFactors) {
-      const int r = threadIdx.x;
-      const float4* at = t.factors + int64_t{query_head} * s.rows + row;
-      if (r < kChunk) copy_unit(shared_address(&m.factors[stage][r]), at + r, row + r < last_row);
-      end_copies();
-    }
-    if constexpr (!kStateOnly) {
-      const Rows& a = kForward ? s.q : kSweep == Sweep::dq ? s.dout : kSweep == Sweep::dk ? s.v : s.k;
-      fetch_tile(m.tile[kA][stage], a, row, kUp ? head : key_head);
-    }
-    if constexpr (kSlopes && !kStateOnly) {
-      const Rows& x = kSweep == Sweep::dq ? s.q : s.k;
-      constexpr int kLines = kD / 64;  // of 128 bytes
-      const int r = threadIdx.x / kLines;
-      if (row + r < last_row) prefetch(from(x, row + r, kUp ? head : key_head) + threadIdx.x % kLines * 64);
-    }
-    const Rows& b = kForward ? s.k : kSweep == Sweep::dq ? s.v : kSweep == Sweep::dk ? s.dout : s.q;
-    const Rows& c = kForward ? s.v : kSweep == Sweep::dq ? s.k : kSweep == Sweep::dk ? s.q : s.dout;
-    fetch_tile(m.tile[kB][stage], b, row, kUp ? key_head : query_head);
-    fetch_tile(m.tile[kC][stage], c, row, kUp ? key_head : query_head);
-    end_copies();
-  }
-
-  // phi in place, of the units this thread has fetched; times the row's factor and 2^s_exponent where asked.
-  template <bool kScaled>
-  __device__ void make_features(uint4* tile, int stage, int inside) const {
-    const int first = threadIdx.x / kUnits;
-    const float scale = kHalf ? power_of_two(s_exponent) : 1;
-    char* own = reinterpret_cast<char*>(tile) + unit_offset<kUnits>(first, threadIdx.x % kUnits);
-#pragma unroll 2
-    for (int i = 0; i < kSteps; ++i) {
-      auto* at = reinterpret_cast<uint32_t*>(own + i * kStepBytes);
-      auto x = load_vector<uint32_t>(at);
-      const int r = first + i * kStep;
-      float factor = 1;
-      if constexpr (kScaled) factor = m.factors[stage][r].x * scale;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t y;
-        if constexpr (kScaled) {
-          const float2 v = unpack<T>(x.at[j]);
-          y = pack<T>(scaled_feature(v.x, factor), scaled_feature(v.y, factor));
-        } else {
-          y = elu_plus_one<T>(x.at[j]);
-        }
-        x.at[j] = r < inside ? y : 0;
-      }
-      store_vector(at, x);
-    }
-  }
-  __device__ static float scaled_feature(float x, float factor) {
-    const float y = ((x > 0 ? x : 0) + slope(x)) * factor;
-    return kHalf && y > 65504.0f ? 65504.0f : y;
-  }
-  __device__ static float slope(float x) { return fast_exp(x > 0 ? 0 : x); }
-  __device__ void make_operands(int stage, int inside) const {
-    if constexpr (!kStateOnly && (kForward || kSweep == Sweep::dv))
-      make_features<false>(m.tile[kA][stage], stage, inside);
-    if constexpr (kForward) make_features<false>(m.tile[kB][stage], stage, inside);
-    if constexpr (kSweep == Sweep::dv) make_features<true>(m.tile[kB][stage], stage, inside);
-    if constexpr (kSweep == Sweep::dq) make_features<false>(m.tile[kC][stage], stage, inside);
-    if constexpr (kSweep == Sweep::dk) make_features<true>(m.tile[kC][stage], stage, inside);
-  }
-
-  // Addresses of load_matrices: of a lane in the tile's corner, then 16 rows from `row` on and the 16 columns
-  // from 16 `column` on. The corner of a tile is a multiple of 256 bytes, so that a column is one XOR away.
-  // left: the left operand, and transposed the right operand of a product over rows. right: the right operand
-  // by rows, and transposed the left operand of a product over rows.
-  template <int kTileUnits>
-  __device__ uint32_t left_corner(const uint4* tile) const {
-    return shared_address(tile) + unit_offset<kTileUnits>(lane % 16, lane / 16);
-  }
-  __device__ uint32_t right_corner(const uint4* tile) const {
-    return shared_address(tile) + unit_offset<kUnits>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  }
-  template <int kTileUnits>
-  __device__ static uint32_t place(uint32_t corner, int row, int column) {
-    return (corner ^ static_cast<uint32_t>(column << 5)) + row * kTileUnits * 16;
-  }
 
   // ---- scales ----
   __device__ void choose_exponents(int stage, int row) {
@@ -257,7 +117,7 @@ class TileSweep {
   __device__ void scores(int stage, int row) {
     float sum[2] = {0, 0};
     const uint32_t left = left_corner<kUnits>(m.tile[kA][stage]) + warp * 16 * kUnits * 16,
-                   right = right_corner(m.tile[kB][stage]);
+                   right = right_corner<kUnits>(m.tile[kB][stage]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (kUp ? half * 32 > warp * 16 + 15 : half * 32 + 31 < warp * 16) continue;
@@ -472,7 +332,7 @@ class TileSweep {
 
   // ---- state ----
   __device__ void update(int stage) {
-    const uint32_t corner = right_corner(m.tile[kC][stage]) ^ (warp * kRowTiles << 5),
+    const uint32_t corner = right_corner<kUnits>(m.tile[kC][stage]) ^ (warp * kRowTiles << 5),
                    right = left_corner<kUnits>(m.tile[kB][stage]);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {

@@ -51,17 +51,38 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t address, uint3
                : "memory");
 }
 
+// Addresses for them in a tile that begins at a multiple of 256 bytes: those of this lane in the tile's
+// corner, then of the 16 rows from `row` on and the 16 columns from 16 `column` on, one XOR away. left: the
+// left operand, and transposed the right operand of a product over rows. right: the right operand by rows,
+// and transposed the left operand of a product over rows.
+template <int kUnits>
+__device__ __forceinline__ uint32_t left_corner(const void* tile) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return shared_address(tile) + unit_offset<kUnits>(lane % 16, lane / 16);
+}
+template <int kUnits>
+__device__ __forceinline__ uint32_t right_corner(const void* tile) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return shared_address(tile) + unit_offset<kUnits>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+template <int kUnits>
+__device__ __forceinline__ uint32_t place(uint32_t corner, int row, int column) {
+  return (corner ^ static_cast<uint32_t>(column << 5)) + row * kUnits * 16;
+}
+
 // c (16 x 8) += a (16 x 16) b (16 x 8).
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                              uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
