@@ -32,7 +32,8 @@ __device__ void sweep_block(const TileTask& task, int block) {
   const Segment segment = find_segment<kStateOnly, kUp>(t, block / heads);
   if (segment.first == segment.last) return;
   const int key_head = kUp && !kStateOnly ? head / (t.heads / t.key_heads) : head;
-  TileSweep<kSweep, T, kD, Out, kGrouped, kStateOnly>(task, align<kD>(memory), segment, head, key_head).run(segment);
+  TileSweep<kSweep, T, kD, Out, kGrouped, kStateOnly>(task, align<kD>(memory), segment, head, key_head)
+      .run(segment);
 }
 
 template <Sweep kSweep, class T, int kD, class Out, bool kGrouped, bool kStateOnly>
