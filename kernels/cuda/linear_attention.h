@@ -46,6 +46,8 @@ void any_sweep(Sweep sweep, DType compute, DType output, const SweepPlan& plan, 
 
 // On the matrix units: fp16 and bf16, widths 64 and 128, rows of 16-byte units. factors (H, N) and sweep.dout
 // (g, of the compute type) as device/linear_tiles.cuh has them; dq goes to sweep.out.
+// Whether the current GPU's multiprocessors have the shared memory.
+bool tile_memory_fits(int64_t width);
 SweepPlan tile_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t width);
 void tile_forward(DType compute, DType output, const SweepPlan& plan, const SweepTask& sweep,
                   cudaStream_t stream);

@@ -15,7 +15,7 @@ namespace kernels::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kColumns = 32, kSlots = 2 * kFold;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kColumns = 32;
 // Partial sums in flight; part of a sum's order.
 constexpr int kParts = 4;
 
@@ -31,6 +31,7 @@ struct DecodeTask {
   const int32_t *first_row, *lengths;
   const int64_t* ancestors;
   int heads, key_heads, width;
+  int slots;  // for rows since the fold and of the step
   bool normalise;
   float eps;
 };
@@ -47,19 +48,20 @@ struct DecodeShared {
   float *keys, *values, *s, *z, *q, *weights;
   int* list;
   int ld;  // of keys: odd, so that 32 rows of one column lie in 32 banks
-  __device__ DecodeShared(float* memory, int width) : ld(width | 1) {
+  int slots;
+  __device__ DecodeShared(float* memory, int width, int slots) : ld(width | 1), slots(slots) {
     keys = memory;
-    values = keys + kSlots * ld;
-    s = values + kSlots * kColumns;
+    values = keys + slots * ld;
+    s = values + slots * kColumns;
     z = s + width * kColumns;
     q = z + width;
     weights = q + kWarps * width;
-    list = reinterpret_cast<int*>(weights + kWarps * kSlots);
+    list = reinterpret_cast<int*>(weights + kWarps * slots);
   }
 };
-size_t decode_shared_bytes(int width) {
-  return sizeof(float) * static_cast<size_t>(kSlots * (width | 1) + kSlots * kColumns + width * kColumns +
-                                             width + kWarps * width + 2 * kWarps * kSlots);
+size_t decode_shared_bytes(int width, int slots) {
+  return sizeof(float) * static_cast<size_t>(slots * (width | 1) + slots * kColumns + width * kColumns +
+                                             width + kWarps * width + 2 * kWarps * slots);
 }
 
 // Rows [0, committed) from the state, the step's `rows` after them; phi(k) of new rows is made here, once.
@@ -126,8 +128,8 @@ template <class T, class Out>
 __device__ void decode_query(const DecodeTask& t, const DecodeShared& m, int row, int head, int column,
                              int committed, uint64_t ancestors) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = t.width;
-  float *q = m.q + warp * width, *weights = m.weights + warp * kSlots;
-  int* list = m.list + warp * kSlots;
+  float *q = m.q + warp * width, *weights = m.weights + warp * m.slots;
+  int* list = m.list + warp * m.slots;
   const T* query = static_cast<const T*>(t.q.data) + row * t.q.stride + int64_t{head} * width;
   __syncwarp();
   for (int d = lane; d < width; d += 32) q[d] = phi(to_float(query[d]));
@@ -161,7 +163,7 @@ __device__ void decode_query(const DecodeTask& t, const DecodeShared& m, int row
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads) linear_decode(const DecodeTask t) {
   extern __shared__ float memory[];
-  const DecodeShared m(memory, t.width);
+  const DecodeShared m(memory, t.width, t.slots);
   const int blocks = (t.width + kColumns - 1) / kColumns, column = blockIdx.x % blocks * kColumns;
   const int key_head = blockIdx.x / blocks % t.key_heads, sequence = blockIdx.x / blocks / t.key_heads;
   const int first_row = t.first_row[sequence], rows = t.first_row[sequence + 1] - first_row;
@@ -282,13 +284,14 @@ void linear_attention_decode(const Context& ctx, const LinearAttentionParams& pa
                         .heads = static_cast<int>(q.dim(1)),
                         .key_heads = static_cast<int>(k.dim(1)),
                         .width = static_cast<int>(q.dim(2)),
+                        .slots = static_cast<int>(kFold + std::min(q.rows(), kMaxDecodeRows)),
                         .normalise = params.normalise,
                         .eps = params.eps};
   const int64_t sequences = state.s.rows(), blocks = (q.dim(2) + kColumns - 1) / kColumns;
   const int64_t queries = q.rows() * (q.dim(1) / k.dim(1)) / sequences;
   const dim3 grid(static_cast<unsigned>(sequences * k.dim(1) * blocks),
                   static_cast<unsigned>(std::clamp<int64_t>((queries + kWarps - 1) / kWarps, 1, 8)));
-  const size_t bytes = decode_shared_bytes(task.width);
+  const size_t bytes = decode_shared_bytes(task.width, task.slots);
   visit_device_dtype(q.dtype, [&](auto t) {
     const auto run = [&](auto out) {
       auto* kernel = linear_decode<decltype(t), decltype(out)>;
