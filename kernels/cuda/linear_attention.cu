@@ -203,8 +203,7 @@ void linear_attention(const Context& ctx, const LinearAttentionParams& params, c
   ArenaScope scope(*ctx.scratch);
   const Ways ways = plan_ways(ctx, q, k, cu_seqlens);
   if (ctx.rehearsal || q.numel() == 0) return;
-  const bool tiles = ways.may_use_tiles && tile_memory_fits(q.dim(2)) && tile_memory_fits(q.dim(2)) &&
-                     in_units({q, k, v, o});
+  const bool tiles = ways.may_use_tiles && tile_memory_fits(q.dim(2)) && in_units({q, k, v, o});
   SweepTask task = make_task(params, q, k, v, denominator, cu_seqlens, tiles ? ways.tiles : ways.any);
   task.states = ways.states;
   task.out = rows_of(o);
@@ -230,8 +229,8 @@ void linear_attention_backward(const Context& ctx, const LinearAttentionParams& 
                        ? ctx.scratch->allocate("linear attention gradient", q.dtype, {q.rows(), q.cols()})
                        : Tensor();
   if (ctx.rehearsal || q.numel() == 0) return;
-  const bool tiles =
-      ways.may_use_tiles && in_units({q, k, v, dout, dq, dk, dv}) && (!params.normalise || in_units({o}));
+  const bool tiles = ways.may_use_tiles && tile_memory_fits(q.dim(2)) &&
+                     in_units({q, k, v, dout, dq, dk, dv}) && (!params.normalise || in_units({o}));
   SweepTask task = make_task(params, q, k, v, denominator, cu_seqlens, tiles ? ways.tiles : ways.any);
   task.states = ways.states;
   task.dout = rows_of(dout);
