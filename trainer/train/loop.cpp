@@ -182,8 +182,8 @@ class Job {
   comm::Communicator& ranks_;
   kernels::Context ctx_;
   const TrainOptions& options_;
-  std::unique_ptr<data::Tokenizer> tokenizer_;
   data::TokenDataset dataset_, validation_;
+  std::unique_ptr<data::Tokenizer> tokenizer_;
   Model model_;
   data::BatchLoader loader_, validation_loader_;
   Checkpointing checkpointing_;
