@@ -34,6 +34,20 @@ inline HeadView head_view(const Tensor& x, int64_t row, int64_t head) {
   return {data, x.dtype, x.row_stride, width};
 }
 
+// Training attention of one key head of one sequence. `saved` is what the forward keeps of each row: its
+// log-sum-exp, or its denominator.
+struct AttentionTask {
+  const Tensor &q, &k, &v, &o, &saved;
+  const Tensor &dout, &dq, &dk, &dv;  // backward only
+  int64_t begin, rows, key_head;
+  int64_t group() const { return q.dim(1) / k.dim(1); }
+  int64_t width() const { return q.dim(2); }
+  template <typename A>
+  A& saved_at(int64_t row, int64_t head) const {
+    return saved.as<A>()[row * saved.row_stride + head];
+  }
+};
+
 // Throws ShapeError when the boundaries of the sequences do not ascend within the rows.
 inline void check_sequences(const char* operation, const Tensor& cu_seqlens, int64_t rows) {
   const int32_t* cu = cu_seqlens.as<int32_t>();

@@ -159,18 +159,13 @@ HWY_INLINE void with_lanes(int64_t width, Fn&& fn) {
 }
 
 // Calls fn(std::integral_constant<int, count>(), first) for blocks of up to kMost queries, evenly filled.
-template <int N, class Fn>
-HWY_INLINE void call_with(int64_t count, int64_t first, Fn& fn) {
-  if constexpr (N > 1) {
-    if (count < N) return call_with<N - 1>(count, first, fn);
-  }
-  fn(std::integral_constant<int, N>(), first);
-}
 template <int kMost, class Fn>
 HWY_INLINE void for_query_blocks(int64_t queries, Fn&& fn) {
   const int64_t blocks = (queries + kMost - 1) / kMost;
-  for (int64_t i = 0; i < blocks; ++i)
-    call_with<kMost>(queries * (i + 1) / blocks - queries * i / blocks, queries * i / blocks, fn);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = queries * i / blocks;
+    call_with<kMost>(queries * (i + 1) / blocks - first, [&](auto count) HWY_ATTR { fn(count, first); });
+  }
 }
 
 }  // namespace kernels::cpu::HWY_NAMESPACE

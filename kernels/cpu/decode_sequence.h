@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/core/parallel.h"
+#include "kernels/cpu/attention.h"
 #include "kernels/ops/decode_rows.h"
 #include "kernels/ops/linear.h"
 
@@ -15,6 +16,22 @@ struct DecodeSequence {
   int64_t length;      // committed tokens
   int64_t first_slot;  // where the new rows go: length, or length since the fold
   const int64_t* ancestors;
+};
+
+// Decoding of one key head of one sequence. Its queries are counted row by row and within a row by head.
+struct DecodeTask {
+  const Tensor &q, &k, &v, &o;
+  DecodeSequence sequence;
+  int64_t key_head;
+  int64_t group() const { return q.dim(1) / k.dim(1); }
+  int64_t queries() const { return sequence.rows * group(); }
+  // x is q or o.
+  HeadView of_query(const Tensor& x, int64_t query) const {
+    return head_view(x, sequence.first_row + query / group(), key_head * group() + query % group());
+  }
+  uint64_t ancestors(int64_t query) const {
+    return static_cast<uint64_t>(sequence.ancestors[query / group()]);
+  }
 };
 
 inline DecodeSequence decode_sequence(const DecodeRows& rows, int64_t index, bool since_fold) {

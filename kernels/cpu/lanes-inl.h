@@ -14,6 +14,7 @@
 
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/core/dtype.h"
 
@@ -97,6 +98,15 @@ HWY_INLINE void for_columns(D d, int64_t n, Fn&& fn) {
   size_t i = 0;
   for (; i + lanes <= count; i += lanes) fn(i, Whole{});
   if (i < count) fn(i, Part{count - i});
+}
+
+// Calls fn(std::integral_constant<int, count>()), 1 <= count <= kMost. fn must be marked HWY_ATTR.
+template <int kMost, class Fn>
+HWY_INLINE void call_with(int64_t count, Fn&& fn) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return call_with<kMost - 1>(count, fn);
+  }
+  fn(std::integral_constant<int, kMost>());
 }
 
 // exp over the whole line, within 2 units in the last place: infinity from about 88.4 (fp32) on, 0 where the

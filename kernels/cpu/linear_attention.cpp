@@ -11,13 +11,8 @@
 #ifndef FORETELL_LINEAR_TASK
 #define FORETELL_LINEAR_TASK
 namespace kernels::cpu {
-struct LinearTask {
+struct LinearTask : AttentionTask {
   const LinearAttentionParams& params;
-  const Tensor &q, &k, &v, &o, &denominator;
-  const Tensor &dout, &dq, &dk, &dv;  // backward only
-  int64_t begin, rows, key_head;
-  int64_t group() const { return q.dim(1) / k.dim(1); }
-  int64_t width() const { return q.dim(2); }
 };
 }  // namespace kernels::cpu
 #endif
@@ -67,11 +62,10 @@ void linear_forward_chunk(const LinearTask& t, const LinearChunk<A>& c, int64_t 
   mask_tile(m, l);
   times(true, m, m, ld, l, c.values, out, ld);
   if (t.params.normalise) {
-    A* denominators = t.denominator.as<A>() + c.row * t.denominator.row_stride + head;
     for (int64_t i = 0; i < m; ++i) {
       A sum = dot(q + i * ld, c.z, ld) + static_cast<A>(t.params.eps);
       for (int64_t j = 0; j <= i; ++j) sum += l[i * kTile + j];
-      denominators[i * t.denominator.row_stride] = sum;
+      t.saved_at<A>(c.row + i, head) = sum;
       const A inverse = 1 / sum;
       for (int64_t d = 0; d < ld; ++d) out[i * ld + d] *= inverse;
     }
@@ -121,7 +115,7 @@ void linear_backward_queries(const LinearTask& t, const LinearBackward<A>& b, in
   if (t.params.normalise) {
     load_tile<A>(head_view(t.o, row, head), m, 1, q, ld);
     for (int64_t i = 0; i < m; ++i) {
-      const A inverse = 1 / t.denominator.as<A>()[(row + i) * t.denominator.row_stride + head];
+      const A inverse = 1 / t.saved_at<A>(row + i, head);
       dd[i] = -dot(dn + i * ld, q + i * ld, ld) * inverse;
       for (int64_t d = 0; d < ld; ++d) dn[i * ld + d] *= inverse;
     }
@@ -234,7 +228,7 @@ void linear_attention(const Context&, const LinearAttentionParams& params, const
   const Tensor none;
   for_each_sequence_head(cu_seqlens, k.dim(1), [&](int64_t begin, int64_t rows, int64_t head) {
     HWY_DYNAMIC_DISPATCH(LinearForward)
-    ({params, q, k, v, o, denominator, none, none, none, none, begin, rows, head});
+    ({{q, k, v, o, denominator, none, none, none, none, begin, rows, head}, params});
   });
 }
 
@@ -246,7 +240,7 @@ void linear_attention_backward(const Context&, const LinearAttentionParams& para
   for (const Tensor& gradient : {dq, dk, dv}) clear_outside(cu_seqlens, gradient);
   for_each_sequence_head(cu_seqlens, k.dim(1), [&](int64_t begin, int64_t rows, int64_t head) {
     HWY_DYNAMIC_DISPATCH(LinearBackwardPass)
-    ({params, q, k, v, o, denominator, dout, dq, dk, dv, begin, rows, head});
+    ({{q, k, v, o, denominator, dout, dq, dk, dv, begin, rows, head}, params});
   });
 }
 

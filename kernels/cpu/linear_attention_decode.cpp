@@ -12,12 +12,9 @@
 #ifndef FORETELL_LINEAR_DECODE_TASK
 #define FORETELL_LINEAR_DECODE_TASK
 namespace kernels::cpu {
-struct LinearDecodeTask {
+struct LinearDecodeTask : DecodeTask {
   const LinearAttentionParams& params;
-  const Tensor &q, &k, &v, &o;
   const LinearAttentionState& state;
-  DecodeSequence sequence;
-  int64_t key_head;
 };
 }  // namespace kernels::cpu
 #endif
@@ -42,7 +39,7 @@ void linear_decode_queries(D d, const LinearDecodeTask& t, int64_t first) {
   using A = acc_t<T>;
   constexpr int64_t kList = 2 * kFold + kPad;
   const DecodeSequence& s = t.sequence;
-  const int64_t width = t.q.dim(2), group = t.q.dim(1) / t.k.dim(1), ld = padded(width);
+  const int64_t width = t.q.dim(2), ld = padded(width);
   const int64_t committed = s.first_slot;
   const Slots<A> keys{cache_head<A>(t.state.recent_k, s.index, t.key_head), t.k.dim(1) * width};
   const Slots<T> values{cache_head<T>(t.state.recent_v, s.index, t.key_head), t.k.dim(1) * width};
@@ -52,13 +49,9 @@ void linear_decode_queries(D d, const LinearDecodeTask& t, int64_t first) {
   alignas(64) A l[R * kList], z[R * 4];
   int32_t own[R][kMaxDecodeRows];
   int64_t owned[R];
-  const auto view = [&](const Tensor& x, int r) {
-    const int64_t row = s.first_row + (first + r) / group;
-    return head_view(x, row, t.key_head * group + (first + r) % group);
-  };
   for (int r = 0; r < R; ++r) {
-    load_tile<A>(view(t.q, r), 1, 1, q + r * ld, ld);
-    owned[r] = ancestor_slots(static_cast<uint64_t>(s.ancestors[(first + r) / group]), s.first_slot, own[r]);
+    load_tile<A>(t.of_query(t.q, first + r), 1, 1, q + r * ld, ld);
+    owned[r] = ancestor_slots(t.ancestors(first + r), s.first_slot, own[r]);
   }
   feature_tile(q, ld, R, width);
   std::fill_n(out, R * ld, A{0});
@@ -71,7 +64,7 @@ void linear_decode_queries(D d, const LinearDecodeTask& t, int64_t first) {
     dot_slots<1>(d, width, q + r * ld, ld, keys, own[r], owned[r], mine + committed, kList);
     add_slots<1>(d, width, mine + committed, kList, values, own[r], owned[r], out + r * ld, ld);
     const A sum = sum_list(mine, committed + owned[r]) + z[r * 4] + static_cast<A>(t.params.eps);
-    store_tile<A>(out + r * ld, ld, 1, t.params.normalise ? 1 / sum : A{1}, view(t.o, r));
+    store_tile<A>(out + r * ld, ld, 1, t.params.normalise ? 1 / sum : A{1}, t.of_query(t.o, first + r));
   }
 }
 
@@ -92,10 +85,9 @@ void LinearDecode(const LinearDecodeTask& t) {
     const DecodeSequence& s = t.sequence;
     append_features<A>(t.k, s, t.key_head, t.state.recent_k);
     append_rows<T>(t.v, s, t.key_head, t.state.recent_v);
-    const int64_t queries = s.rows * (t.q.dim(1) / t.k.dim(1));
     with_lanes<A>(t.q.dim(2), [&](auto d) {
       for_query_blocks<kQueriesOf<decltype(d)>>(
-          queries, [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
+          t.queries(), [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
     });
   });
 }
@@ -139,7 +131,7 @@ void linear_attention_decode(const Context&, const LinearAttentionParams& params
     work += s.rows * (2 * s.first_slot + s.rows + q.dim(2)) * q.cols();
   }
   for_each_decode_head(sequences, k.dim(1), work, [&](int64_t b, int64_t head) {
-    HWY_DYNAMIC_DISPATCH(LinearDecode)({params, q, k, v, o, state, decode_sequence(rows, b, true), head});
+    HWY_DYNAMIC_DISPATCH(LinearDecode)({{q, k, v, o, decode_sequence(rows, b, true), head}, params, state});
   });
 }
 

@@ -113,32 +113,7 @@ void panels_of(const Work<T>& work, int64_t first_panel, int64_t last_panel) {
       const int64_t left = work.rows - row, last = strip + kPerPanel;
       const int64_t count =
           left > kMostRows && left < 2 * kMostRows ? (left + 1) / 2 : std::min(left, kMostRows);
-      switch (count) {
-        case 1:
-          strips<T, 1, 1>(work, strip, last, row);
-          break;
-        case 2:
-          strips<T, 2, 1>(work, strip, last, row);
-          break;
-        case 3:
-          strips<T, 3, 1>(work, strip, last, row);
-          break;
-        case 4:
-          strips<T, 4, 1>(work, strip, last, row);
-          break;
-        case 5:
-          strips<T, 5, 1>(work, strip, last, row);
-          break;
-        case 6:
-          strips<T, 6, 1>(work, strip, last, row);
-          break;
-        case 7:
-          strips<T, 7, 1>(work, strip, last, row);
-          break;
-        default:
-          strips<T, 8, 1>(work, strip, last, row);
-          break;
-      }
+      call_with<kMostRows>(count, [&](auto rows) HWY_ATTR { strips<T, rows(), 1>(work, strip, last, row); });
       row += count;
     }
 }

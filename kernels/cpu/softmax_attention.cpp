@@ -8,19 +8,6 @@
 // After foreach_target.h.
 #include "kernels/cpu/tile-inl.h"
 
-#ifndef FORETELL_SOFTMAX_TASK
-#define FORETELL_SOFTMAX_TASK
-namespace kernels::cpu {
-struct SoftmaxTask {
-  const Tensor &q, &k, &v, &o, &log_sum;
-  const Tensor &dout, &dq, &dk, &dv;  // backward only
-  int64_t begin, rows, key_head;
-  int64_t group() const { return q.dim(1) / k.dim(1); }
-  int64_t width() const { return q.dim(2); }
-};
-}  // namespace kernels::cpu
-#endif
-
 HWY_BEFORE_NAMESPACE();
 namespace kernels::cpu::HWY_NAMESPACE {
 
@@ -82,7 +69,7 @@ void score_gradient_tile(bool diagonal, int64_t rows, int64_t cols, const A* p, 
 }
 
 template <class A>
-void softmax_forward(const SoftmaxTask& t) {
+void softmax_forward(const AttentionTask& t) {
   const int64_t width = t.width(), ld = padded(width), tiles = (t.rows + kTile - 1) / kTile,
                 step = kTile * ld;
   A *keys = staging<A>(0, tiles * step), *values = staging<A>(1, tiles * step), *q = staging<A>(2, step);
@@ -109,7 +96,7 @@ void softmax_forward(const SoftmaxTask& t) {
       }
       for (int64_t r = 0; r < m; ++r) {
         for (int64_t c = 0; c < ld; ++c) out[r * ld + c] /= sum[r];
-        t.log_sum.as<A>()[(row + r) * t.log_sum.row_stride + head] = maximum[r] + std::log(sum[r]);
+        t.saved_at<A>(row + r, head) = maximum[r] + std::log(sum[r]);
       }
       store_tile<A>(out, ld, m, 1, head_view(t.o, row, head));
     }
@@ -122,7 +109,7 @@ struct SoftmaxTiles {
 
 // One tile of queries against the tiles of keys before it: adds to dk and dv, writes dq.
 template <class A>
-void softmax_backward_tile(const SoftmaxTask& t, const SoftmaxTiles<A>& tiles, int64_t i, int64_t head) {
+void softmax_backward_tile(const AttentionTask& t, const SoftmaxTiles<A>& tiles, int64_t i, int64_t head) {
   const int64_t width = t.width(), ld = padded(width), step = kTile * ld;
   const int64_t m = std::min(kTile, t.rows - i * kTile), row = t.begin + i * kTile;
   A *q = staging<A>(5, step), *dout = staging<A>(6, step), *dq = staging<A>(7, step);
@@ -133,7 +120,7 @@ void softmax_backward_tile(const SoftmaxTask& t, const SoftmaxTiles<A>& tiles, i
   load_tile<A>(head_view(t.o, row, head), m, 1, q, ld);
   for (int64_t r = 0; r < m; ++r) {
     delta[r] = dot(dout + r * ld, q + r * ld, width);
-    log_sum[r] = t.log_sum.as<A>()[(row + r) * t.log_sum.row_stride + head];
+    log_sum[r] = t.saved_at<A>(row + r, head);
   }
   load_tile<A>(head_view(t.q, row, head), m, scale, q, ld);
   std::fill_n(dq, m * ld, A{0});
@@ -152,7 +139,7 @@ void softmax_backward_tile(const SoftmaxTask& t, const SoftmaxTiles<A>& tiles, i
 }
 
 template <class A>
-void softmax_backward(const SoftmaxTask& t) {
+void softmax_backward(const AttentionTask& t) {
   const int64_t ld = padded(t.width()), count = (t.rows + kTile - 1) / kTile, step = kTile * ld;
   SoftmaxTiles<A> tiles{staging<A>(0, count * step), staging<A>(1, count * step), staging<A>(2, count * step),
                         staging<A>(3, count * step), staging<A>(4, count * step)};
@@ -175,10 +162,10 @@ void softmax_backward(const SoftmaxTask& t) {
   }
 }
 
-void SoftmaxForward(const SoftmaxTask& t) {
+void SoftmaxForward(const AttentionTask& t) {
   t.q.dtype == DType::f64 ? softmax_forward<double>(t) : softmax_forward<float>(t);
 }
-void SoftmaxBackward(const SoftmaxTask& t) {
+void SoftmaxBackward(const AttentionTask& t) {
   t.q.dtype == DType::f64 ? softmax_backward<double>(t) : softmax_backward<float>(t);
 }
 

@@ -10,10 +10,8 @@
 #ifndef FORETELL_SOFTMAX_DECODE_TASK
 #define FORETELL_SOFTMAX_DECODE_TASK
 namespace kernels::cpu {
-struct SoftmaxDecodeTask {
-  const Tensor &q, &k, &v, &cache_k, &cache_v, &o;
-  DecodeSequence sequence;
-  int64_t key_head;
+struct SoftmaxDecodeTask : DecodeTask {
+  const Tensor &cache_k, &cache_v;
 };
 }  // namespace kernels::cpu
 #endif
@@ -35,12 +33,12 @@ A softmax_list(A* x, int64_t count) {
   return sum_list(x, count);
 }
 
-// Queries i of the sequence, counted row by row and within a row by head: R of them from `first` on.
+// R queries from `first` on.
 template <int R, class T, class D>
 void softmax_decode_queries(D d, const SoftmaxDecodeTask& t, int64_t first) {
   using A = acc_t<T>;
   const DecodeSequence& s = t.sequence;
-  const int64_t width = t.q.dim(2), group = t.q.dim(1) / t.k.dim(1), stride = t.k.dim(1) * width;
+  const int64_t width = t.q.dim(2), stride = t.k.dim(1) * width;
   const int64_t ldl = padded(s.length + kMaxDecodeRows) + kPad, ld = padded(width);
   const Slots<T> keys{cache_head<T>(t.cache_k, s.index, t.key_head), stride};
   const Slots<T> values{cache_head<T>(t.cache_v, s.index, t.key_head), stride};
@@ -49,13 +47,9 @@ void softmax_decode_queries(D d, const SoftmaxDecodeTask& t, int64_t first) {
   int32_t own[R][kMaxDecodeRows];
   int64_t owned[R];
   A total[R];
-  const auto view = [&](const Tensor& x, int r) {
-    const int64_t row = s.first_row + (first + r) / group;
-    return head_view(x, row, t.key_head * group + (first + r) % group);
-  };
   for (int r = 0; r < R; ++r) {
-    load_tile<A>(view(t.q, r), 1, 1 / std::sqrt(static_cast<A>(width)), q + r * ld, ld);
-    owned[r] = ancestor_slots(static_cast<uint64_t>(s.ancestors[(first + r) / group]), s.first_slot, own[r]);
+    load_tile<A>(t.of_query(t.q, first + r), 1, 1 / std::sqrt(static_cast<A>(width)), q + r * ld, ld);
+    owned[r] = ancestor_slots(t.ancestors(first + r), s.first_slot, own[r]);
   }
   dot_slots<R>(d, width, q, ld, keys, nullptr, s.length, l, ldl);
   for (int r = 0; r < R; ++r) {
@@ -66,7 +60,7 @@ void softmax_decode_queries(D d, const SoftmaxDecodeTask& t, int64_t first) {
   add_slots<R>(d, width, l, ldl, values, nullptr, s.length, out, ld);
   for (int r = 0; r < R; ++r) {
     add_slots<1>(d, width, l + r * ldl + s.length, ldl, values, own[r], owned[r], out + r * ld, ld);
-    store_tile<A>(out + r * ld, ld, 1, 1 / total[r], view(t.o, r));
+    store_tile<A>(out + r * ld, ld, 1, 1 / total[r], t.of_query(t.o, first + r));
   }
 }
 
@@ -75,10 +69,9 @@ void SoftmaxDecode(const SoftmaxDecodeTask& t) {
     using T = decltype(tag);
     append_rows<T>(t.k, t.sequence, t.key_head, t.cache_k);
     append_rows<T>(t.v, t.sequence, t.key_head, t.cache_v);
-    const int64_t queries = t.sequence.rows * (t.q.dim(1) / t.k.dim(1));
     with_lanes<acc_t<T>>(t.q.dim(2), [&](auto d) {
       for_query_blocks<kQueriesOf<decltype(d)>>(
-          queries, [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
+          t.queries(), [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
     });
   });
 }
@@ -102,7 +95,7 @@ void softmax_attention_decode(const Context&, const Tensor& q, const Tensor& k, 
   }
   for_each_decode_head(sequences, k.dim(1), work, [&](int64_t b, int64_t head) {
     HWY_DYNAMIC_DISPATCH(SoftmaxDecode)
-    ({q, k, v, cache_k, cache_v, o, decode_sequence(rows, b, false), head});
+    ({{q, k, v, o, decode_sequence(rows, b, false), head}, cache_k, cache_v});
   });
 }
 

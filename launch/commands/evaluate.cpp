@@ -4,10 +4,9 @@
 
 #include <cstdio>
 
-#include "launch/command_line.h"
 #include "launch/console.h"
+#include "launch/placed_model.h"
 #include "launch/run_directory.h"
-#include "trainer/model/load.h"
 
 namespace launch {
 
@@ -28,22 +27,15 @@ int evaluate_command(const Arguments& arguments, Job& job) {
       ("set", repeatable(), "section.key=value, for [decode], [data], [train] and [log]; repeatable");
   const auto values = line.parse(arguments);
   if (!values) return 0;
-  comm::Session& session = job.join_alone("evaluate");
-  Placement placement;
   Stopwatch watch;
-  trainer::LoadedModel loaded = trainer::load_model_on(
-      [&](const configs::Config& config) {
-        placement = place(session, true, config.train.device, config.train.threads);
-        return placement.ctx;
-      },
-      value<std::string>(*values, "RUN"), list(*values, "set"));
-  const kernels::Context& ctx = placement.ctx;
+  PlacedModel model = load_alone(job, "evaluate", *values);
+  trainer::LoadedModel& loaded = model.loaded;
   const std::filesystem::path run = run_of(loaded.checkpoint);
   const std::filesystem::path output(values->count("output") ? value<std::string>(*values, "output")
                                                              : run.string());
   fmt::print("evaluating {} (step {}) on {}\n", loaded.checkpoint.string(), loaded.step,
-             kernels::describe(ctx.device));
-  trainer::evaluate(ctx, loaded, run, output, [&](const std::string& part) {
+             kernels::describe(model.ctx().device));
+  trainer::evaluate(model.ctx(), loaded, run, output, [&](const std::string& part) {
     fmt::print("[{:>7}] {}\n", time_text(watch.seconds()), part);
     std::fflush(stdout);
   });

@@ -2,11 +2,9 @@
 
 #include <cstdio>
 
-#include "configs/config.h"
-#include "launch/command_line.h"
 #include "launch/console.h"
+#include "launch/placed_model.h"
 #include "trainer/decode/evaluate.h"
-#include "trainer/model/load.h"
 
 namespace launch {
 namespace {
@@ -83,20 +81,12 @@ int generate_command(const Arguments& arguments, Job& job) {
   const auto values = line.parse(arguments);
   if (!values) return 0;
   const trainer::GenerateOptions options = options_of(line, *values);
-  comm::Session& session = job.join_alone("generate");
-  Placement placement;
-  trainer::LoadedModel loaded = trainer::load_model_on(
-      [&](const configs::Config& config) {
-        placement = place(session, true, config.train.device, config.train.threads);
-        return placement.ctx;
-      },
-      value<std::string>(*values, "RUN"), list(*values, "set"));
-  const kernels::Context& ctx = placement.ctx;
+  PlacedModel model = load_alone(job, "generate", *values);
   const bool colour = on_terminal();
   fmt::print("{}", options.prompt);
   std::fflush(stdout);
   const trainer::Generated generated =
-      trainer::generate(ctx, loaded, options, [&](const std::string& piece, int64_t tokens) {
+      trainer::generate(model.ctx(), model.loaded, options, [&](const std::string& piece, int64_t tokens) {
         fmt::print("{}", colour ? coloured(piece, static_cast<size_t>(tokens)) : piece);
         std::fflush(stdout);
       });

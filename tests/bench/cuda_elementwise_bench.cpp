@@ -6,8 +6,6 @@
 #include <functional>
 #include <vector>
 
-#include "kernels/core/philox.h"
-#include "kernels/core/stream.h"
 #include "kernels/ops/activation.h"
 #include "kernels/ops/cast.h"
 #include "kernels/ops/cross_entropy.h"
@@ -15,77 +13,16 @@
 #include "kernels/ops/norm.h"
 #include "kernels/ops/optimizer.h"
 #include "kernels/ops/rotary.h"
+#include "tests/bench/gpu_bench.h"
 
 namespace {
 
-using kernels::Context;
-using kernels::DType;
-using kernels::Shape;
-using kernels::Tensor;
+using namespace gpu_bench;
 
-const kernels::Device kDevice{kernels::Device::Kind::cuda, 0};
-
-// A tensor that owns its memory, filled with the same million values again and again: normal ones, or
-// integers below `integers`.
-class Buffer {
- public:
-  Buffer(DType dtype, Shape shape, int32_t integers = 0)
-      : tensor_(kernels::allocate_bytes(kDevice, static_cast<size_t>(shape.numel()) * size_of(dtype)), dtype,
-                shape, kDevice) {
-    constexpr size_t kValues = size_t{1} << 20;
-    std::vector<char> bytes(kValues * size_of(dtype));
-    for (size_t i = 0; i < kValues; ++i) {
-      const float value = kernels::normal(1, kernels::Purpose::test, i);
-      const auto put = [&](auto v) {
-        std::copy_n(reinterpret_cast<char*>(&v), sizeof(v), &bytes[i * sizeof(v)]);
-      };
-      if (dtype == DType::i32) put(static_cast<int32_t>(std::abs(value) * 1e6f) % std::max(integers, 1));
-      if (dtype == DType::f32) put(std::abs(value));
-      if (dtype == DType::f64) put(static_cast<double>(value));
-      if (dtype == DType::f16) put(kernels::f16(value));
-      if (dtype == DType::u8) put(char{0});
-    }
-    for (size_t at = 0; at < tensor_.bytes(); at += bytes.size())
-      kernels::copy_bytes(static_cast<char*>(tensor_.data) + at, kDevice, bytes.data(), {},
-                          std::min(bytes.size(), tensor_.bytes() - at));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { kernels::free_bytes(kDevice, tensor_.data); }
-  operator const Tensor&() const { return tensor_; }
-
- private:
-  Tensor tensor_;
-};
-
-// Times `call` out of a graph, by the GPU's clock.
 void measure(benchmark::State& state, double bytes, const std::function<void(const Context&)>& call) {
-  const kernels::OwnedStream stream(kDevice);
-  kernels::Arena scratch("scratch", kDevice);
-  Context ctx{.device = kDevice, .stream = stream.get(), .scratch = &scratch, .rehearsal = true};
-  call(ctx);
-  scratch.place();
-  ctx.rehearsal = false;
-  kernels::Graph graph;
-  kernels::Graph::begin(stream.get());
-  call(ctx);
-  graph.end(stream.get());
-  kernels::Event begin(kDevice, true), end(kDevice, true);
-  for (int i = 0; i < 3; ++i) graph.launch(stream.get());
-  for (auto _ : state) {
-    begin.record(stream.get());
-    graph.launch(stream.get());
-    end.record(stream.get());
-    end.synchronize();
-    state.SetIterationTime(end.milliseconds_since(begin) * 1e-3);
-  }
+  Bench bench;
+  bench.measure_recorded(state, 1, [&] { call(bench.ctx); });
   state.SetBytesProcessed(static_cast<int64_t>(bytes * static_cast<double>(state.iterations())));
-}
-
-bool skip(benchmark::State& state) {
-  if (kernels::cuda_device_count() > 0) return false;
-  state.SkipWithError("no GPU");
-  return true;
 }
 
 // Arguments of all but the last two: rows, columns. fp16.
@@ -175,7 +112,7 @@ void cuda_norm_backward(benchmark::State& state) {
 void cuda_rotary(benchmark::State& state) {
   if (skip(state)) return;
   const Shape shape{state.range(0), state.range(1), state.range(2)};
-  Buffer x(DType::f16, shape), positions(DType::i32, {shape[0]}, 8192);
+  Buffer x(DType::f16, shape), positions(DType::i32, {shape[0]}, {.below = 8192});
   measure(state, 4.0 * shape.numel(),
           [&](const Context& ctx) { kernels::rotary(ctx, x, positions, 10000.0f); });
 }
@@ -183,8 +120,8 @@ void cuda_rotary(benchmark::State& state) {
 void cuda_embedding(benchmark::State& state) {
   if (skip(state)) return;
   const int64_t n = state.range(0), c = state.range(1);
-  Buffer tokens(DType::i32, {n}, 50257), positions(DType::i32, {n}, 1024), table(DType::f16, {50304, c}),
-      places(DType::f16, {1024, c}), y(DType::f16, {n, c});
+  Buffer tokens(DType::i32, {n}, {.below = 50257}), positions(DType::i32, {n}, {.below = 1024}),
+      table(DType::f16, {50304, c}), places(DType::f16, {1024, c}), y(DType::f16, {n, c});
   measure(state, 6.0 * n * c,
           [&](const Context& ctx) { kernels::embedding(ctx, tokens, table, positions, places, y); });
 }
@@ -193,8 +130,8 @@ void cuda_embedding(benchmark::State& state) {
 void cuda_embedding_backward(benchmark::State& state) {
   if (skip(state)) return;
   const int64_t n = state.range(0), c = state.range(1);
-  Buffer tokens(DType::i32, {n}, 50257), positions(DType::i32, {n}, 1024), table(DType::f32, {50304, c}),
-      places(DType::f32, {1024, c}), dy(DType::f16, {n, c});
+  Buffer tokens(DType::i32, {n}, {.below = 50257}), positions(DType::i32, {n}, {.below = 1024}),
+      table(DType::f32, {50304, c}), places(DType::f32, {1024, c}), dy(DType::f16, {n, c});
   measure(state, 4.0 * n * c, [&](const Context& ctx) {
     kernels::embedding_backward(ctx, dy, tokens, table, positions, places);
   });
@@ -204,7 +141,7 @@ void cuda_embedding_backward(benchmark::State& state) {
 void cuda_cross_entropy(benchmark::State& state) {
   if (skip(state)) return;
   const int64_t n = state.range(0), v = state.range(1);
-  Buffer logits(DType::f16, {n, v}), targets(DType::i32, {n}, 50257), weights(DType::f32, {n}),
+  Buffer logits(DType::f16, {n, v}), targets(DType::i32, {n}, {.below = 50257}), weights(DType::f32, {n}),
       seed(DType::f32, {1}), loss(DType::f64, {1});
   const Tensor given = state.range(2) ? Tensor(seed) : Tensor();
   measure(state, (state.range(2) ? 4.0 : 2.0) * n * v,
@@ -221,7 +158,7 @@ struct Parameters {
         master(DType::f32, {count}),
         gradients(DType::f32, {count}),
         m(DType::f32, {count}),
-        v(DType::f32, {count}),
+        v(DType::f32, {count}, {.positive = true}),
         state(DType::u8, {sizeof(kernels::OptimizerState)}),
         normaliser(DType::f32, {1}),
         buffers{weights, master, gradients, m, v, state} {

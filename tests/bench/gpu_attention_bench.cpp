@@ -1,4 +1,6 @@
 // Softmax attention on a GPU: training, forward and backward, and one decoding step out of a graph.
+#include "tests/bench/gpu_attention_bench.h"
+
 #include <benchmark/benchmark.h>
 
 #include <functional>
@@ -7,7 +9,6 @@
 
 #include "kernels/ops/linear.h"
 #include "kernels/ops/softmax_attention.h"
-#include "tests/bench/gpu_bench.h"
 
 namespace {
 
@@ -21,21 +22,15 @@ void gpu_attention_train(benchmark::State& state) {
   const kernels::AttentionHints hints{.longest = t, .uniform = uniform, .deterministic = state.range(5) != 0};
   Buffer qkv(DType::f16, {n, 3 * h * d}), dqkv(DType::f16, {n, 3 * h * d}), o(DType::f16, {n, h, d}),
       dout(DType::f16, {n, h, d}), log_sum(DType::f32, {n, h}), boundaries(DType::i32, {b + 1});
-  std::vector<int32_t> cu;
-  for (int64_t s = 0; s <= b; ++s) cu.push_back(static_cast<int32_t>(s * t));
-  boundaries.set(cu);
-  const auto part = [&](const Buffer& x, int64_t i) {
-    return x.tensor.columns(i * h * d, h * d).view({n, h, d});
-  };
+  boundaries.set(even_boundaries(b, t));
+  const Tensor q = part(qkv, 0, h, d), k = part(qkv, 1, h, d), v = part(qkv, 2, h, d);
   Bench bench;
   const auto run_forward = [&] {
-    kernels::softmax_attention(bench.ctx, part(qkv, 0), part(qkv, 1), part(qkv, 2), boundaries.tensor,
-                               o.tensor, log_sum.tensor, hints);
+    kernels::softmax_attention(bench.ctx, q, k, v, boundaries, o, log_sum, hints);
   };
   const auto run_backward = [&] {
-    kernels::softmax_attention_backward(bench.ctx, dout.tensor, part(qkv, 0), part(qkv, 1), part(qkv, 2),
-                                        o.tensor, log_sum.tensor, boundaries.tensor, part(dqkv, 0),
-                                        part(dqkv, 1), part(dqkv, 2), hints);
+    kernels::softmax_attention_backward(bench.ctx, dout, q, k, v, o, log_sum, boundaries, part(dqkv, 0, h, d),
+                                        part(dqkv, 1, h, d), part(dqkv, 2, h, d), hints);
   };
   bench.rehearse([&] { run_forward(), run_backward(); });
   run_forward();
@@ -59,36 +54,18 @@ BENCHMARK(gpu_attention_train)
 // layers, each with a cache of its own, are one graph.
 void gpu_attention_decode(benchmark::State& state) {
   if (skip(state)) return;
-  constexpr int64_t kHeads = 12, kWidth = 64, kLayers = 12;
-  const int64_t b = state.range(0), rows = state.range(1), length = state.range(2), n = b * rows;
-  Buffer qkv(DType::f16, {n, 3 * kHeads * kWidth}), o(DType::f16, {n, kHeads, kWidth}),
-      first(DType::i32, {b + 1}), lengths(DType::i32, {b}), positions(DType::i32, {n}),
-      ancestors(DType::i64, {n});
+  const int64_t b = state.range(0), rows = state.range(1), length = state.range(2);
+  constexpr int64_t kHeads = DecodeStep::kHeads, kWidth = DecodeStep::kWidth, kLayers = DecodeStep::kLayers;
+  const DecodeStep step(b, rows, length);
   std::vector<std::unique_ptr<Buffer>> caches;
   for (int64_t i = 0; i < 2 * kLayers; ++i)
-    caches.push_back(std::make_unique<Buffer>(DType::f16, kernels::Shape{b, length + rows, kHeads, kWidth}));
-  std::vector<int32_t> begins;
-  std::vector<int64_t> masks;
-  for (int64_t s = 0; s <= b; ++s) begins.push_back(static_cast<int32_t>(s * rows));
-  for (int64_t i = 0; i < n; ++i) masks.push_back(static_cast<int64_t>((uint64_t{2} << (i % rows)) - 1));
-  first.set(begins), ancestors.set(masks);
-  lengths.set(std::vector<int32_t>(static_cast<size_t>(b), static_cast<int32_t>(length)));
-  const auto part = [&](int64_t i) {
-    return qkv.tensor.columns(i * kHeads * kWidth, kHeads * kWidth).view({n, kHeads, kWidth});
-  };
+    caches.push_back(std::make_unique<Buffer>(DType::f16, Shape{b, length + rows, kHeads, kWidth}));
   Bench bench;
-  const auto step = [&] {
-    for (size_t i = 0; i < static_cast<size_t>(kLayers); ++i)
-      kernels::softmax_attention_decode(bench.ctx, part(0), part(1), part(2),
-                                        {first.tensor, lengths.tensor, positions.tensor, ancestors.tensor},
-                                        caches[2 * i]->tensor, caches[2 * i + 1]->tensor, o.tensor);
-  };
-  bench.rehearse(step);
-  kernels::Graph graph;
-  kernels::Graph::begin(bench.ctx.stream);
-  step();
-  graph.end(bench.ctx.stream);
-  bench.measure(state, kLayers, [&] { graph.launch(bench.ctx.stream); });
+  bench.measure_recorded(state, kLayers, [&] {
+    for (size_t i = 0; i < caches.size(); i += 2)
+      kernels::softmax_attention_decode(bench.ctx, step.q(), step.k(), step.v(), step.rows(), *caches[i],
+                                        *caches[i + 1], step.o);
+  });
   state.counters["GB/s"] = benchmark::Counter(static_cast<double>(b * length * kHeads * kWidth * 4) * 1e-9,
                                               benchmark::Counter::kIsIterationInvariantRate);
 }

@@ -1,9 +1,10 @@
 #pragma once
-// What the benchmarks of operations on a GPU share: device memory with values, a rehearsed context, the GPU's
-// clock.
+// What the benchmarks of operations on a GPU share: device memory with values, a context with working memory,
+// the GPU's clock.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <vector>
 
@@ -15,52 +16,74 @@ namespace gpu_bench {
 
 using kernels::Context;
 using kernels::DType;
+using kernels::Shape;
 using kernels::Tensor;
 
-inline const kernels::Device kDevice{kernels::Device::Kind::cuda, 0};
+inline constexpr kernels::Device kDevice{kernels::Device::Kind::cuda, 0};
 
-// A tensor that owns its memory. fp16: normal values, the same million again and again.
+// How a Buffer begins: normal values times `scale` (or their sizes), integers from 0 to below `below`.
+struct Fill {
+  double scale = 1;
+  bool positive = false;
+  int32_t below = 1;
+};
+
+// A tensor that owns its memory, filled with the same million values again and again.
 struct Buffer {
   Tensor tensor;
-  Buffer(DType dtype, kernels::Shape shape)
+  Buffer(DType dtype, Shape shape, const Fill& fill = {})
       : tensor(kernels::allocate_bytes(kDevice, static_cast<size_t>(shape.numel()) * size_of(dtype)), dtype,
                shape, kDevice) {
-    if (dtype == DType::f16) fill();
+    if (dtype == DType::i32)
+      repeat<int32_t>([&](float x) { return static_cast<int32_t>(std::abs(x) * 1e6f) % fill.below; });
+    else if (dtype == DType::i64 || dtype == DType::u8)
+      repeat<char>([](float) { return char{0}; });
+    else
+      kernels::visit_dtype(dtype, [&](auto tag) {
+        using T = decltype(tag);
+        repeat<T>(
+            [&](float x) { return T(static_cast<float>(fill.scale * (fill.positive ? std::abs(x) : x))); });
+      });
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { kernels::free_bytes(kDevice, tensor.data); }
+  operator const Tensor&() const { return tensor; }
 
-  void fill() {
-    static const std::vector<kernels::f16> values = [] {
-      std::vector<kernels::f16> values(1 << 20);
-      for (size_t i = 0; i < values.size(); ++i)
-        values[i] = kernels::f16(kernels::normal(1, kernels::Purpose::test, i));
-      return values;
-    }();
-    const size_t bytes = values.size() * sizeof(kernels::f16);
-    for (size_t at = 0; at < tensor.bytes(); at += bytes)
-      kernels::copy_bytes(static_cast<char*>(tensor.data) + at, kDevice, values.data(), {},
-                          std::min(bytes, tensor.bytes() - at));
-  }
   template <typename T>
   void set(const std::vector<T>& values) {
     kernels::copy_bytes(tensor.data, kDevice, values.data(), {}, values.size() * sizeof(T));
+  }
+
+ private:
+  template <typename T, typename Fn>
+  void repeat(const Fn& of_normal) {
+    static const std::vector<float> normal = [] {
+      std::vector<float> values(1 << 20);
+      for (size_t i = 0; i < values.size(); ++i) values[i] = kernels::normal(1, kernels::Purpose::test, i);
+      return values;
+    }();
+    std::vector<T> values(std::min(normal.size(), tensor.bytes() / sizeof(T)));
+    for (size_t i = 0; i < values.size(); ++i) values[i] = of_normal(normal[i]);
+    const size_t bytes = values.size() * sizeof(T);
+    for (size_t at = 0; at < tensor.bytes(); at += bytes)
+      kernels::copy_bytes(static_cast<char*>(tensor.data) + at, kDevice, values.data(), {},
+                          std::min(bytes, tensor.bytes() - at));
   }
 };
 
 inline bool skip(benchmark::State& state) {
   if (kernels::cuda_device_count() > 0) return false;
-  state.SkipWithError("no GPU");
+  state.SkipWithError(kernels::cuda_problem().c_str());
   return true;
 }
 
-// A context whose working memory `call` has rehearsed.
 struct Bench {
   kernels::OwnedStream stream{kDevice};
   kernels::Arena scratch{"scratch", kDevice};
   Context ctx{.device = kDevice, .stream = stream.get(), .scratch = &scratch, .rehearsal = true};
 
+  // Places the working memory that `call` asks for.
   void rehearse(const std::function<void()>& call) {
     call();
     scratch.place();
@@ -70,13 +93,24 @@ struct Bench {
   void measure(benchmark::State& state, int times, const std::function<void()>& call) {
     kernels::Event begin(kDevice, true), end(kDevice, true);
     for (int i = 0; i < 3; ++i) call();
-    for (auto _ : state) {
+    while (state.KeepRunningBatch(times)) {
       begin.record(ctx.stream);
       call();
       end.record(ctx.stream);
       end.synchronize();
-      state.SetIterationTime(end.milliseconds_since(begin) * 1e-3 / times);
+      state.SetIterationTime(end.milliseconds_since(begin) * 1e-3);
     }
+  }
+  // The same out of a graph, so that launching costs what it costs in a step; rehearsed, and called once
+  // before for what is chosen at the first call.
+  void measure_recorded(benchmark::State& state, int times, const std::function<void()>& call) {
+    rehearse(call);
+    call();
+    kernels::Graph graph;
+    kernels::Graph::begin(ctx.stream);
+    call();
+    graph.end(ctx.stream);
+    measure(state, times, [&] { graph.launch(ctx.stream); });
   }
 };
 

@@ -2,9 +2,7 @@
 // tokens, the commit, as the host waits for them. rows 1 is plain decoding, more are verification. Steps run
 // as recorded graphs, or eagerly for comparison. GB/s counts the weights that a step reads once. The peer is
 // the decode section of peers/pytorch_gpu.py.
-#include <benchmark/benchmark.h>
-
-#include "kernels/core/stream.h"
+#include "tests/bench/gpu_bench.h"
 #include "trainer/decode/decoder.h"
 #include "trainer/optim/settings.h"
 
@@ -15,11 +13,11 @@ constexpr int64_t kLength = 512;  // committed tokens
 
 // Argument: rows.
 void gpu_decode(benchmark::State& state, const std::string& preset, bool graph) {
-  if (kernels::cuda_device_count() == 0) return state.SkipWithError(kernels::cuda_problem().c_str());
+  if (gpu_bench::skip(state)) return;
   configs::Config config =
       configs::load_config(std::string(FORETELL_SOURCE) + "/configs/presets/" + preset + ".cfg", {});
   config.train.graph = graph;
-  const kernels::Device gpu{kernels::Device::Kind::cuda, 0};
+  const kernels::Device gpu = gpu_bench::kDevice;
   const kernels::OwnedStream stream(gpu);
   const kernels::Context ctx{.device = gpu, .stream = stream.get()};
   trainer::Model model(config, kVocabulary);

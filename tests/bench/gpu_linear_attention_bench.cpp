@@ -7,7 +7,7 @@
 
 #include "kernels/ops/linear.h"
 #include "kernels/ops/linear_attention.h"
-#include "tests/bench/gpu_bench.h"
+#include "tests/bench/gpu_attention_bench.h"
 
 namespace {
 
@@ -24,21 +24,15 @@ void gpu_linear_attention_train(benchmark::State& state) {
   const DType out = params.normalise ? DType::f16 : DType::f32;
   Buffer qkv(DType::f16, {n, 3 * h * d}), dqkv(DType::f16, {n, 3 * h * d}), o(out, {n, h, d}),
       dout(DType::f16, {n, h, d}), denominator(DType::f32, {n, h}), boundaries(DType::i32, {b + 1});
-  std::vector<int32_t> cu;
-  for (int64_t s = 0; s <= b; ++s) cu.push_back(static_cast<int32_t>(s * t));
-  boundaries.set(cu);
-  const auto part = [&](const Buffer& x, int64_t i) {
-    return x.tensor.columns(i * h * d, h * d).view({n, h, d});
-  };
+  boundaries.set(even_boundaries(b, t));
+  const Tensor q = part(qkv, 0, h, d), k = part(qkv, 1, h, d), v = part(qkv, 2, h, d);
   Bench bench;
   const auto forward = [&] {
-    kernels::linear_attention(bench.ctx, params, part(qkv, 0), part(qkv, 1), part(qkv, 2), boundaries.tensor,
-                              o.tensor, denominator.tensor);
+    kernels::linear_attention(bench.ctx, params, q, k, v, boundaries, o, denominator);
   };
   const auto backward = [&] {
-    kernels::linear_attention_backward(bench.ctx, params, dout.tensor, part(qkv, 0), part(qkv, 1),
-                                       part(qkv, 2), o.tensor, denominator.tensor, boundaries.tensor,
-                                       part(dqkv, 0), part(dqkv, 1), part(dqkv, 2));
+    kernels::linear_attention_backward(bench.ctx, params, dout, q, k, v, o, denominator, boundaries,
+                                       part(dqkv, 0, h, d), part(dqkv, 1, h, d), part(dqkv, 2, h, d));
   };
   const std::function<void()> passes[] = {forward, backward, [&] { forward(), backward(); }};
   bench.rehearse([&] { forward(), backward(); });
@@ -71,48 +65,33 @@ BENCHMARK(gpu_linear_attention_train)
 // commit included; twelve layers, each with a state of its own, are one graph.
 void gpu_linear_attention_decode(benchmark::State& state) {
   if (skip(state)) return;
-  constexpr int64_t kHeads = 12, kWidth = 64, kLayers = 12;
-  const int64_t b = state.range(0), rows = state.range(1), since = state.range(2), n = b * rows;
-  Buffer qkv(DType::f16, {n, 3 * kHeads * kWidth}), o(DType::f16, {n, kHeads, kWidth}),
-      first(DType::i32, {b + 1}), lengths(DType::i32, {b}), positions(DType::i32, {n}),
-      ancestors(DType::i64, {n}), accepted(DType::i32, {b, kernels::kMaxDecodeRows}), counts(DType::i32, {b});
+  const int64_t b = state.range(0), rows = state.range(1), since = state.range(2);
+  constexpr int64_t kHeads = DecodeStep::kHeads, kWidth = DecodeStep::kWidth, kLayers = DecodeStep::kLayers;
+  const DecodeStep step(b, rows, since);
+  Buffer accepted(DType::i32, {b, kernels::kMaxDecodeRows}), counts(DType::i32, {b});
   std::vector<std::unique_ptr<Buffer>> memory;
-  std::vector<kernels::LinearAttentionState> states;
-  const auto make = [&](DType dtype, kernels::Shape shape) {
+  const auto make = [&](DType dtype, Shape shape) {
     memory.push_back(std::make_unique<Buffer>(dtype, shape));
     return memory.back()->tensor;
   };
+  std::vector<kernels::LinearAttentionState> states;
   for (int64_t i = 0; i < kLayers; ++i)
     states.push_back({make(DType::f32, {b, kHeads, kWidth, kWidth}), make(DType::f32, {b, kHeads, kWidth}),
                       make(DType::f32, {b, 2 * kernels::kFold, kHeads, kWidth}),
                       make(DType::f16, {b, 2 * kernels::kFold, kHeads, kWidth})});
-  std::vector<int32_t> begins, path;
-  std::vector<int64_t> masks;
-  for (int64_t s = 0; s <= b; ++s) begins.push_back(static_cast<int32_t>(s * rows));
-  for (int64_t i = 0; i < n; ++i) masks.push_back(static_cast<int64_t>((uint64_t{2} << (i % rows)) - 1));
+  std::vector<int32_t> path;
   for (int64_t i = 0; i < b * kernels::kMaxDecodeRows; ++i)
     path.push_back(static_cast<int32_t>(i % kernels::kMaxDecodeRows));
-  first.set(begins), ancestors.set(masks), accepted.set(path);
-  lengths.set(std::vector<int32_t>(static_cast<size_t>(b), static_cast<int32_t>(since)));
+  accepted.set(path);
   counts.set(std::vector<int32_t>(static_cast<size_t>(b), 1));
-  const auto part = [&](int64_t i) {
-    return qkv.tensor.columns(i * kHeads * kWidth, kHeads * kWidth).view({n, kHeads, kWidth});
-  };
   Bench bench;
-  const auto step = [&] {
+  bench.measure_recorded(state, kLayers, [&] {
     for (kernels::LinearAttentionState& layer : states) {
-      kernels::linear_attention_decode(bench.ctx, {}, part(0), part(1), part(2),
-                                       {first.tensor, lengths.tensor, positions.tensor, ancestors.tensor},
-                                       layer, o.tensor);
-      kernels::linear_attention_commit(bench.ctx, {accepted.tensor, counts.tensor, lengths.tensor}, layer);
+      kernels::linear_attention_decode(bench.ctx, {}, step.q(), step.k(), step.v(), step.rows(), layer,
+                                       step.o);
+      kernels::linear_attention_commit(bench.ctx, {accepted, counts, step.lengths}, layer);
     }
-  };
-  bench.rehearse(step);
-  kernels::Graph graph;
-  kernels::Graph::begin(bench.ctx.stream);
-  step();
-  graph.end(bench.ctx.stream);
-  bench.measure(state, kLayers, [&] { graph.launch(bench.ctx.stream); });
+  });
   const auto bytes = static_cast<double>(b * kHeads * kWidth * (4 * kWidth + 6 * since));
   state.counters["GB/s"] = benchmark::Counter(bytes * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
 }

@@ -9,72 +9,22 @@
 #include <memory>
 #include <vector>
 
-#include "kernels/core/philox.h"
-#include "kernels/core/stream.h"
 #include "kernels/ops/linear.h"
 #include "kernels/ops/sampling.h"
+#include "tests/bench/gpu_bench.h"
 
 namespace {
 
-using kernels::Context;
-using kernels::DType;
-using kernels::Shape;
-using kernels::Tensor;
+using namespace gpu_bench;
 
-constexpr kernels::Device kGpu{kernels::Device::Kind::cuda, 0};
+constexpr Fill kSmall{.scale = 0.05};
 
-// Normal values, the same few thousand of them again and again.
-class Buffer {
- public:
-  Buffer(DType dtype, Shape shape, float scale = 1)
-      : data_(kernels::allocate_bytes(kGpu, static_cast<size_t>(shape.numel()) * size_of(dtype)), Free{}),
-        tensor_(data_.get(), dtype, shape, kGpu) {
-    constexpr size_t kValues = 1 << 20;
-    kernels::visit_dtype(dtype, [&](auto tag) {
-      using T = decltype(tag);
-      std::vector<T> values(std::min(kValues, static_cast<size_t>(shape.numel())));
-      for (size_t i = 0; i < values.size(); ++i)
-        values[i] = static_cast<T>(scale * kernels::normal(1, kernels::Purpose::test, i));
-      for (size_t i = 0; i < static_cast<size_t>(shape.numel()); i += values.size()) {
-        const size_t count = std::min(values.size(), static_cast<size_t>(shape.numel()) - i);
-        kernels::copy_bytes(static_cast<T*>(tensor_.data) + i, kGpu, values.data(), {}, count * sizeof(T));
-      }
-    });
-  }
-  operator const Tensor&() const { return tensor_; }
-
- private:
-  struct Free {
-    void operator()(void* p) const { kernels::free_bytes(kGpu, p); }
-  };
-  std::unique_ptr<void, Free> data_;
-  Tensor tensor_;
-};
-
-// Times launches of a graph in which `call` stands `calls` times; each iteration counts as one call.
+// Times a graph in which `call` stands `calls` times; each counts as one iteration.
 void time_in_graph(benchmark::State& state, int calls, const std::function<void(const Context&, int)>& call) {
-  const kernels::OwnedStream stream(kGpu);
-  const Context ctx{.device = kGpu, .stream = stream.get()};
-  call(ctx, 0);
-  kernels::Graph graph;
-  kernels::Graph::begin(stream.get());
-  for (int i = 0; i < calls; ++i) call(ctx, i);
-  graph.end(stream.get());
-  kernels::Event start(kGpu, true), end(kGpu, true);
-  graph.launch(stream.get());
-  while (state.KeepRunningBatch(calls)) {
-    start.record(stream.get());
-    graph.launch(stream.get());
-    end.record(stream.get());
-    end.synchronize();
-    state.SetIterationTime(1e-3 * end.milliseconds_since(start));
-  }
-}
-
-bool no_gpu(benchmark::State& state) {
-  if (kernels::cuda_device_count() > 0) return false;
-  state.SkipWithError("no GPU");
-  return true;
+  Bench bench;
+  bench.measure_recorded(state, calls, [&] {
+    for (int i = 0; i < calls; ++i) call(bench.ctx, i);
+  });
 }
 
 enum Product { forward, forward_bias, forward_gelu, backward_input, backward_input_gelu, backward_weight };
@@ -83,10 +33,10 @@ constexpr const char* kNames[] = {"forward",        "forward bias",        "forw
 
 // One layer of (out, in) over `rows` rows. Arguments: product, rows, out, in, dtype.
 void gpu_matrix_product(benchmark::State& state) {
-  if (no_gpu(state)) return;
+  if (skip(state)) return;
   const int64_t rows = state.range(1), out = state.range(2), in = state.range(3);
   const auto dtype = static_cast<DType>(state.range(4));
-  const Buffer x(dtype, {rows, in}), w(dtype, {out, in}, 0.05f), bias(dtype, {out}), y(dtype, {rows, out}),
+  const Buffer x(dtype, {rows, in}), w(dtype, {out, in}, kSmall), bias(dtype, {out}), y(dtype, {rows, out}),
       pre(dtype, {rows, out}), dx(dtype, {rows, in}), dw(DType::f32, {out, in});
   // The gelu stands ahead of the layer in the backward, so its input is as wide as dx.
   const Buffer pre_in(dtype, {rows, in});
@@ -124,16 +74,16 @@ BENCHMARK(gpu_matrix_product)->Apply(training_shapes);
 
 // Arguments: rows, out, in, dtype.
 void gpu_decode_product(benchmark::State& state) {
-  if (no_gpu(state)) return;
+  if (skip(state)) return;
   const int64_t rows = state.range(0), out = state.range(1), in = state.range(2);
   const auto dtype = static_cast<DType>(state.range(3));
-  const Buffer matrix(dtype, {out, in}, 0.05f), x(dtype, {rows, in}), y(dtype, {rows, out});
+  const Buffer matrix(dtype, {out, in}, kSmall), x(dtype, {rows, in}), y(dtype, {rows, out});
   const Shape panels = kernels::panels_shape(matrix);
   const int64_t bytes = panels.numel() * static_cast<int64_t>(size_of(dtype));
   constexpr int64_t kCacheBytes = int64_t{300} << 20;
   const auto copies = static_cast<size_t>(std::max<int64_t>(1, kCacheBytes / bytes));
   std::vector<std::unique_ptr<Buffer>> weights;
-  for (size_t i = 0; i < copies; ++i) weights.push_back(std::make_unique<Buffer>(dtype, panels, 0.05f));
+  for (size_t i = 0; i < copies; ++i) weights.push_back(std::make_unique<Buffer>(dtype, panels, kSmall));
   time_in_graph(state, static_cast<int>(std::max<size_t>(copies, 4)), [&](const Context& ctx, int i) {
     kernels::linear(ctx, x, {matrix, {}, *weights[static_cast<size_t>(i) % copies]}, y);
   });
@@ -155,13 +105,13 @@ BENCHMARK(gpu_decode_product)->Apply(decode_shapes);
 // The linear layers of one decode step of GPT-2 124M, one behind the other: what a step cannot be faster
 // than.
 void gpu_decode_step_products(benchmark::State& state) {
-  if (no_gpu(state)) return;
+  if (skip(state)) return;
   const int64_t rows = state.range(0);
   struct Layer {
     Buffer matrix, panels, x, y;
     Layer(int64_t n, int64_t out, int64_t in)
-        : matrix(DType::f16, {out, in}, 0.05f),
-          panels(DType::f16, kernels::panels_shape(matrix), 0.05f),
+        : matrix(DType::f16, {out, in}, kSmall),
+          panels(DType::f16, kernels::panels_shape(matrix), kSmall),
           x(DType::f16, {n, in}),
           y(DType::f16, {n, out}) {}
   };
@@ -169,7 +119,7 @@ void gpu_decode_step_products(benchmark::State& state) {
   double bytes = 0;
   const auto add = [&](int64_t out, int64_t in) {
     layers.push_back(std::make_unique<Layer>(rows, out, in));
-    bytes += static_cast<double>(static_cast<const Tensor&>(layers.back()->panels).bytes());
+    bytes += static_cast<double>(layers.back()->panels.tensor.bytes());
   };
   for (int block = 0; block < 12; ++block)
     for (auto [out, in] : {std::pair{2304, 768}, {768, 768}, {3072, 768}, {768, 3072}}) add(out, in);
@@ -194,12 +144,10 @@ enum Choice { argmax, probabilities, top_k };
 
 // Arguments: what, rows, vocabulary.
 void gpu_sampling(benchmark::State& state) {
-  if (no_gpu(state)) return;
+  if (skip(state)) return;
   const int64_t rows = state.range(1), vocabulary = state.range(2);
-  const Buffer logits(DType::f32, {rows, vocabulary}, 3), p(DType::f32, {rows, vocabulary});
-  const Buffer integers(DType::f32, {rows, 10});
-  const Tensor tokens(static_cast<const Tensor&>(integers).data, DType::i32, {rows}, kGpu),
-      indices(static_cast<const Tensor&>(integers).data, DType::i32, {rows, 10}, kGpu);
+  const Buffer logits(DType::f32, {rows, vocabulary}, {.scale = 3}), p(DType::f32, {rows, vocabulary});
+  const Buffer tokens(DType::i32, {rows}), indices(DType::i32, {rows, 10});
   time_in_graph(state, 20, [&](const Context& ctx, int) {
     if (state.range(0) == argmax) kernels::argmax(ctx, logits, tokens);
     if (state.range(0) == probabilities) kernels::probabilities(ctx, logits, 0.8f, p);

@@ -1,10 +1,8 @@
 // Optimizer steps of one rank, on random tokens: forward, every head, backward, AdamW. On the CPU the
 // quickstart model, whose peer is peers/pytorch_train.py with the same shapes and threads; on a GPU the large
 // presets.
-#include <benchmark/benchmark.h>
-
 #include "kernels/core/parallel.h"
-#include "kernels/core/stream.h"
+#include "tests/bench/gpu_bench.h"
 #include "tests/support/step_run.h"
 #include "tests/support/temporary_folder.h"
 #include "trainer/train/loop.h"
@@ -40,7 +38,7 @@ void training_step(benchmark::State& state, const std::string& compute) {
 // Arguments: sequences in a step, tokens in a sequence. One iteration is several steps and waits for the
 // last: inside, the device never waits.
 void gpu_step(benchmark::State& state, const std::string& name, const std::string& compute) {
-  if (kernels::cuda_device_count() == 0) return state.SkipWithError(kernels::cuda_problem().c_str());
+  if (gpu_bench::skip(state)) return;
   constexpr int64_t kVocabulary = 50304;
   constexpr int kSteps = 10;
   const support::TemporaryFolder folder;
@@ -49,7 +47,7 @@ void gpu_step(benchmark::State& state, const std::string& name, const std::strin
   config.model.context = state.range(1);
   config.precision.compute = compute;
   support::write_random_tokens(config.data.path, kVocabulary, 64, 4 * config.model.context + 1);
-  const kernels::Device gpu{kernels::Device::Kind::cuda, 0};
+  const kernels::Device gpu = gpu_bench::kDevice;
   const kernels::OwnedStream stream(gpu);
   state.SetLabel(kernels::describe(gpu));
   const kernels::Context ctx{gpu, stream.get(), nullptr, false};
@@ -69,37 +67,14 @@ void gpu_step(benchmark::State& state, const std::string& name, const std::strin
   state.counters["memory_gib"] = static_cast<double>(memory.total - memory.free) / (1 << 30);
 }
 
-BENCHMARK_CAPTURE(training_step, fp16, "fp16")
-    ->Arg(1)
-    ->Arg(2)
-    ->Unit(benchmark::kMillisecond)
-    ->UseRealTime()
-    ->MinTime(5);
-BENCHMARK_CAPTURE(training_step, fp32, "fp32")
-    ->Arg(1)
-    ->Arg(2)
-    ->Unit(benchmark::kMillisecond)
-    ->UseRealTime()
-    ->MinTime(5);
-BENCHMARK_CAPTURE(gpu_step, gpt2_124m, "gpt2_124m", "fp16")
-    ->Args({32, 1024})
-    ->Unit(benchmark::kMillisecond)
-    ->UseRealTime()
-    ->MinTime(5);
-BENCHMARK_CAPTURE(gpu_step, gpt2_124m_bf16, "gpt2_124m", "bf16")
-    ->Args({32, 1024})
-    ->Unit(benchmark::kMillisecond)
-    ->UseRealTime()
-    ->MinTime(5);
-BENCHMARK_CAPTURE(gpu_step, gpt2_1558m, "gpt2_1558m", "fp16")
-    ->Args({16, 1024})
-    ->Unit(benchmark::kMillisecond)
-    ->UseRealTime()
-    ->MinTime(5);
-BENCHMARK_CAPTURE(gpu_step, linear_124m, "linear_124m", "fp16")
-    ->Args({4, 8192})
-    ->Unit(benchmark::kMillisecond)
-    ->UseRealTime()
-    ->MinTime(5);
+void several_seconds(benchmark::internal::Benchmark* b) {
+  b->Unit(benchmark::kMillisecond)->UseRealTime()->MinTime(5);
+}
+BENCHMARK_CAPTURE(training_step, fp16, "fp16")->Arg(1)->Arg(2)->Apply(several_seconds);
+BENCHMARK_CAPTURE(training_step, fp32, "fp32")->Arg(1)->Arg(2)->Apply(several_seconds);
+BENCHMARK_CAPTURE(gpu_step, gpt2_124m, "gpt2_124m", "fp16")->Args({32, 1024})->Apply(several_seconds);
+BENCHMARK_CAPTURE(gpu_step, gpt2_124m_bf16, "gpt2_124m", "bf16")->Args({32, 1024})->Apply(several_seconds);
+BENCHMARK_CAPTURE(gpu_step, gpt2_1558m, "gpt2_1558m", "fp16")->Args({16, 1024})->Apply(several_seconds);
+BENCHMARK_CAPTURE(gpu_step, linear_124m, "linear_124m", "fp16")->Args({4, 8192})->Apply(several_seconds);
 
 }  // namespace

@@ -1,57 +1,24 @@
 // Run under mpirun with any number of ranks: every collective against a serial computation, and equal bits on
 // every rank. Prints what differs and returns 1.
-#include <fmt/format.h>
-
-#include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
-#include <random>
 
-#include "comm/communicator.h"
 #include "comm/gradient_reducer.h"
+#include "tests/comm/rank_values.h"
 
 namespace {
 
 using comm::Communicator;
 using comm::Reduce;
-using kernels::DType;
 using kernels::Tensor;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  fmt::print(stderr, "FAILED: {}\n", what);
-}
+using ranks::expect;
+using ranks::failures;
+using ranks::reduced;
+using ranks::values_of;
 
 template <typename T>
 Tensor view(std::vector<T>& v) {
   return Tensor(v.data(), kernels::dtype_of<T>(), {static_cast<int64_t>(v.size())});
-}
-
-// What rank r contributes: values of mixed size and sign, so that the order of a sum shows in its bits.
-template <typename T>
-std::vector<T> values_of(int r, int64_t n, uint32_t seed) {
-  std::mt19937 random(seed * 131u + static_cast<uint32_t>(r));
-  std::vector<T> v(static_cast<size_t>(n));
-  for (T& x : v) {
-    const double u = static_cast<double>(random()) / 4294967296.0 - 0.5;
-    x = static_cast<T>(std::is_integral_v<T> ? u * 2e6 : std::ldexp(u, static_cast<int>(random() % 30)));
-  }
-  return v;
-}
-
-template <typename T>
-std::vector<T> expected(int ranks, int64_t n, uint32_t seed, Reduce op) {
-  std::vector<T> result = values_of<T>(0, n, seed);
-  for (int r = 1; r < ranks; ++r) {
-    const std::vector<T> v = values_of<T>(r, n, seed);
-    for (size_t i = 0; i < v.size(); ++i)
-      result[i] = op == Reduce::sum ? static_cast<T>(result[i] + v[i]) : std::max(result[i], v[i]);
-  }
-  return result;
 }
 
 template <typename T>
@@ -68,7 +35,7 @@ void test_all_reduce(Communicator& world) {
     for (Reduce op : {Reduce::sum, Reduce::max}) {
       const std::string what = fmt::format("all_reduce of {} {} op {}", n, name_of(kernels::dtype_of<T>()),
                                            op == Reduce::sum ? "sum" : "max");
-      const std::vector<T> right = expected<T>(world.size(), n, ++seed, op);
+      const std::vector<T> right = reduced<T>(world.size(), n, ++seed, op);
       std::vector<T> blocking = values_of<T>(world.rank(), n, seed), overlapped = blocking;
       world.all_reduce(view(blocking), op);
       expect(same_bits(blocking, right), what);
@@ -138,7 +105,7 @@ void test_requests_in_any_order(Communicator& world) {
   }
   for (size_t i = static_cast<size_t>(world.rank()); i >= kCount; --i) world.barrier();
   for (size_t i = 0; i < kCount; ++i)
-    expect(same_bits(v[i], expected<float>(world.size(), kElements, 40 + i, Reduce::sum)),
+    expect(same_bits(v[i], reduced<float>(world.size(), kElements, 40 + i, Reduce::sum)),
            fmt::format("request {} among several", i));
 }
 
@@ -147,7 +114,7 @@ void test_reduce_and_transfer(Communicator& world) {
     for (int64_t n : kSizes) {
       std::vector<float> v = values_of<float>(world.rank(), n, 21);
       world.reduce_async(view(v), Reduce::sum, root)->wait();
-      expect(same_bits(v, world.rank() == root ? expected<float>(world.size(), n, 21, Reduce::sum)
+      expect(same_bits(v, world.rank() == root ? reduced<float>(world.size(), n, 21, Reduce::sum)
                                                : values_of<float>(world.rank(), n, 21)),
              fmt::format("reduce of {} to {}", n, root));
       const int from = (root + 1) % world.size();
@@ -170,7 +137,7 @@ void test_sharded_gradients(Communicator& world) {
       reducer.progress();
     }
     reducer.finish();
-    const auto right = expected<float>(world.size(), kParameters, 70, Reduce::sum);
+    const auto right = reduced<float>(world.size(), kParameters, 70, Reduce::sum);
     const auto begin = std::min(kParameters, shard * world.rank());
     const auto end = std::min(kParameters, begin + shard);
     expect(std::equal(gradients.begin() + begin, gradients.begin() + end, right.begin() + begin),
@@ -202,7 +169,7 @@ void test_gradient_reducer(Communicator& world) {
         end = begin;
       }
       reducer.finish();
-      expect(same_bits(gradients, expected<float>(world.size(), kParameters, 60 + step, Reduce::sum)),
+      expect(same_bits(gradients, reduced<float>(world.size(), kParameters, 60 + step, Reduce::sum)),
              fmt::format("gradients in buckets of {} bytes, step {}", bucket_bytes, step));
     }
   }

@@ -1,57 +1,25 @@
 // A job whose ranks exchange GPU memory: run under mpirun by nccl_cuda_test with the name of a scenario.
 // "compare" holds every collective against a serial computation and prints what differs.
-#include <fmt/format.h>
-
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
-#include <random>
 #include <thread>
 
 #include "comm/gradient_reducer.h"
 #include "comm/nccl.h"
 #include "kernels/core/stream.h"
+#include "tests/comm/rank_values.h"
 
 namespace {
 
 using comm::Communicator;
 using comm::Reduce;
 using kernels::Device;
-using kernels::DType;
 using kernels::Tensor;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  fmt::print("FAILED: {}\n", what);
-}
-
-// What rank r contributes: values of mixed size and sign, so that rounding shows.
-template <typename T>
-std::vector<T> values_of(int r, int64_t n, uint32_t seed) {
-  std::mt19937 random(seed * 131u + static_cast<uint32_t>(r));
-  std::vector<T> v(static_cast<size_t>(n));
-  for (T& x : v) {
-    const double u = static_cast<double>(random()) / 4294967296.0 - 0.5;
-    x = static_cast<T>(std::is_integral_v<T> ? u * 2e6 : std::ldexp(u, static_cast<int>(random() % 30)));
-  }
-  return v;
-}
-
-template <typename T>
-std::vector<T> reduced(int ranks, int64_t n, uint32_t seed, Reduce op) {
-  std::vector<T> result = values_of<T>(0, n, seed);
-  for (int r = 1; r < ranks; ++r) {
-    const std::vector<T> v = values_of<T>(r, n, seed);
-    for (size_t i = 0; i < v.size(); ++i)
-      result[i] = op == Reduce::sum ? static_cast<T>(result[i] + v[i]) : std::max(result[i], v[i]);
-  }
-  return result;
-}
+using ranks::expect;
+using ranks::failures;
+using ranks::reduced;
+using ranks::values_of;
 
 // Device memory with values that reach it in the order of a stream.
 template <typename T>

@@ -11,15 +11,10 @@ namespace {
 
 using kernels::DType;
 using kernels::ShapeError;
+using support::buffer_of;
 using support::TensorBuffer;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-TensorBuffer buffer_of(DType dtype, kernels::Shape shape, std::vector<double> values, int64_t padding = 0) {
-  TensorBuffer buffer(dtype, shape, {}, padding);
-  buffer.set(values);
-  return buffer;
-}
 
 TensorBuffer seed_of(double value) { return buffer_of(DType::f32, {1}, {value}); }
 

@@ -26,9 +26,7 @@ constexpr Device kGpu{Device::Kind::cuda, 0};
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 TensorBuffer buffer_of(DType dtype, kernels::Shape shape, const std::vector<double>& values) {
-  TensorBuffer buffer(dtype, shape, kGpu);
-  buffer.set(values);
-  return buffer;
+  return support::buffer_of(dtype, shape, values, kGpu);
 }
 
 class CudaElementwise : public testing::Test {

@@ -8,13 +8,8 @@ namespace {
 
 using kernels::DType;
 using kernels::ShapeError;
+using support::buffer_of;
 using support::TensorBuffer;
-
-TensorBuffer buffer_of(DType dtype, kernels::Shape shape, std::vector<double> values) {
-  TensorBuffer buffer(dtype, shape);
-  buffer.set(values);
-  return buffer;
-}
 
 TEST(Embedding, LooksUpAddsAndLeavesNegativeTokensZero) {
   const auto table = buffer_of(DType::f16, {3, 2}, {1, 2, 3, 4, 5, 6});

@@ -2,18 +2,15 @@
 // products recorded in a graph.
 #include <gtest/gtest.h>
 
-#include <limits>
 #include <optional>
 
 #include "kernels/core/stream.h"
-#include "kernels/ops/linear.h"
-#include "tests/support/tensor_buffer.h"
+#include "tests/kernels/rows_layer.h"
 
 namespace {
 
 using kernels::Context;
 using kernels::DType;
-using kernels::Tensor;
 using support::TensorBuffer;
 
 constexpr kernels::Device kGpu{kernels::Device::Kind::cuda, 0};
@@ -28,28 +25,6 @@ class CudaLinear : public testing::Test {
 };
 using CudaLinearRows = CudaLinear;
 
-struct RowsLayer {
-  TensorBuffer matrix, bias, panels;
-  RowsLayer(const Context& ctx, DType dtype, int64_t out, int64_t in)
-      : matrix(dtype, {out, in}, kGpu), bias(dtype, {out}, kGpu) {
-    matrix.fill_normal(1, 0.2);
-    bias.fill_normal(2);
-    panels = TensorBuffer(dtype, kernels::panels_shape(matrix), kGpu);
-    Tensor view = panels;
-    kernels::pack_panels(ctx, matrix, view);
-  }
-  // Bytes of y = linear(x), or gelu of it.
-  std::vector<char> rows_of(const Context& ctx, const Tensor& x, DType y_type, bool gelu = false) const {
-    TensorBuffer y(y_type, {x.rows(), matrix.tensor().rows()}, kGpu);
-    const kernels::LinearWeight w{matrix, bias, panels};
-    if (gelu)
-      kernels::linear_gelu(ctx, x, w, {}, y);
-    else
-      kernels::linear(ctx, x, w, y);
-    return y.bytes();
-  }
-};
-
 // One slice of inputs, several, and more than a cluster has blocks; outputs that end inside a panel.
 TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
   struct Sizes {
@@ -57,51 +32,23 @@ TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
     bool gelu;
   };
   for (const Sizes& sizes : {Sizes{330, 75, false}, {50, 1700, false}, {4200, 768, true}, {33, 7000, false}})
-    for (DType dtype : kTypes) {
-      const RowsLayer layer(ctx_, dtype, sizes.out, sizes.in);
-      TensorBuffer x(dtype, {kernels::kMaxDecodeRows, sizes.in}, kGpu);
-      x.fill_normal(3);
-      const DType y_type = sizes.gelu ? dtype : DType::f32;
-      std::vector<char> alone;
-      for (int64_t i = 0; i < kernels::kMaxDecodeRows; ++i) {
-        const auto row = layer.rows_of(ctx_, x.tensor().slice(i, 1), y_type, sizes.gelu);
-        alone.insert(alone.end(), row.begin(), row.end());
-      }
-      const size_t row_bytes = alone.size() / kernels::kMaxDecodeRows;
-      for (int64_t n = 1; n <= kernels::kMaxDecodeRows; ++n) {
-        const int64_t first = (n * 7) % (kernels::kMaxDecodeRows - n + 1);
-        const auto together = layer.rows_of(ctx_, x.tensor().slice(first, n), y_type, sizes.gelu);
-        EXPECT_TRUE(std::equal(together.begin(), together.end(), alone.begin() + first * row_bytes))
-            << n << " rows of (" << sizes.out << ", " << sizes.in << "), " << name_of(dtype);
-      }
-    }
+    for (DType dtype : kTypes)
+      rows_layer::expect_rows_alone(ctx_, dtype, sizes.out, sizes.in, sizes.gelu ? dtype : DType::f32,
+                                    sizes.gelu);
 }
 
 TEST_F(CudaLinearRows, ANaNStaysInItsRow) {
-  for (DType dtype : kTypes) {
-    const RowsLayer layer(ctx_, dtype, 64, 40);
-    TensorBuffer x(dtype, {6, 40}, kGpu);
-    x.fill_normal(4);
-    const auto clean = layer.rows_of(ctx_, x, dtype);
-    x.set(3 * 40 + 11, std::numeric_limits<double>::quiet_NaN());
-    const auto dirty = layer.rows_of(ctx_, x, dtype);
-    const size_t row_bytes = clean.size() / 6;
-    for (size_t row = 0; row < 6; ++row)
-      EXPECT_EQ(std::equal(clean.begin() + row * row_bytes, clean.begin() + (row + 1) * row_bytes,
-                           dirty.begin() + row * row_bytes),
-                row != 3);
-  }
+  for (DType dtype : kTypes) rows_layer::expect_nan_stays_in_its_row(ctx_, dtype);
 }
 
 // Two layers behind one another start early and must still wait for their input.
 TEST_F(CudaLinearRows, AChainGivesTheSameEveryTimeInAGraph) {
   constexpr int64_t kWidth = 768, kLayers = 12;
-  std::vector<RowsLayer> layers;
+  std::vector<rows_layer::RowsLayer> layers;
   for (int64_t i = 0; i < kLayers; ++i) {
     layers.emplace_back(ctx_, DType::f16, kWidth, kWidth);
     layers.back().matrix.fill_normal(static_cast<uint64_t>(10 + i), 1 / 28.0);
-    Tensor view = layers.back().panels;
-    kernels::pack_panels(ctx_, layers.back().matrix, view);
+    layers.back().pack(ctx_);
   }
   std::vector<TensorBuffer> x(kLayers + 1);
   for (auto& buffer : x) buffer = TensorBuffer(DType::f16, {4, kWidth}, kGpu);
@@ -110,15 +57,14 @@ TEST_F(CudaLinearRows, AChainGivesTheSameEveryTimeInAGraph) {
   for (size_t i = 0; i < layers.size(); ++i) {
     expected = layers[i].rows_of(ctx_, x[i], DType::f16);
     x[i + 1] = TensorBuffer(DType::f16, {4, kWidth}, kGpu);
-    kernels::linear(ctx_, x[i], {layers[i].matrix, layers[i].bias, layers[i].panels}, x[i + 1]);
+    kernels::linear(ctx_, x[i], layers[i].weight(), x[i + 1]);
     kernels::synchronize(kGpu, ctx_.stream);
   }
   const kernels::OwnedStream stream(kGpu);
   const Context captured{.device = kGpu, .stream = stream.get()};
   kernels::Graph graph;
   kernels::Graph::begin(stream.get());
-  for (size_t i = 0; i < layers.size(); ++i)
-    kernels::linear(captured, x[i], {layers[i].matrix, layers[i].bias, layers[i].panels}, x[i + 1]);
+  for (size_t i = 0; i < layers.size(); ++i) kernels::linear(captured, x[i], layers[i].weight(), x[i + 1]);
   graph.end(stream.get());
   for (int repeat = 0; repeat < 20; ++repeat) {
     for (size_t i = 1; i < x.size(); ++i) x[i].poison();

@@ -6,77 +6,34 @@
 #include <limits>
 
 #include "kernels/core/parallel.h"
+#include "tests/kernels/rows_layer.h"
 #include "tests/support/instruction_sets.h"
-#include "tests/support/tensor_buffer.h"
 
 namespace {
 
 using kernels::DType;
-using kernels::Tensor;
 using support::TensorBuffer;
 
-struct RowsLayer {
-  TensorBuffer matrix, bias, panels;
-  RowsLayer(DType dtype, int64_t out, int64_t in) : matrix(dtype, {out, in}), bias(dtype, {out}) {
-    matrix.fill_normal(1, 0.2);
-    bias.fill_normal(2);
-    panels = TensorBuffer(dtype, kernels::panels_shape(matrix));
-    Tensor view = panels;
-    kernels::pack_panels({}, matrix, view);
-  }
-  kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
-};
-
-// Bytes of y = linear(x).
-std::vector<char> rows_of(const RowsLayer& layer, const Tensor& x, DType y_type) {
-  TensorBuffer y(y_type, {x.rows(), layer.matrix.tensor().rows()});
-  kernels::linear({}, x, layer.weight(), y);
-  return y.bytes();
-}
-
 TEST(LinearRows, ARowDoesNotDependOnItsNeighbours) {
-  constexpr int64_t kOut = 330, kIn = 75;
   support::with_each_instruction_set([&](const char* set) {
+    SCOPED_TRACE(set);
     for (DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64})
       for (int threads : {1, 3}) {
+        SCOPED_TRACE(threads);
         kernels::set_threads(threads);
-        const RowsLayer layer(dtype, kOut, kIn);
-        TensorBuffer x(dtype, {kernels::kMaxDecodeRows, kIn});
-        x.fill_normal(3);
-        const DType y_type = kernels::main_dtype(dtype);
-        std::vector<char> alone;
-        for (int64_t i = 0; i < kernels::kMaxDecodeRows; ++i) {
-          const auto row = rows_of(layer, x.tensor().slice(i, 1), y_type);
-          alone.insert(alone.end(), row.begin(), row.end());
-        }
-        const size_t row_bytes = alone.size() / kernels::kMaxDecodeRows;
-        for (int64_t n = 1; n <= kernels::kMaxDecodeRows; ++n) {
-          const int64_t first = (n * 7) % (kernels::kMaxDecodeRows - n + 1);
-          const auto together = rows_of(layer, x.tensor().slice(first, n), y_type);
-          EXPECT_TRUE(std::equal(together.begin(), together.end(), alone.begin() + first * row_bytes))
-              << n << " rows, " << name_of(dtype) << ", " << threads << " threads, " << set;
-        }
+        rows_layer::expect_rows_alone({}, dtype, 330, 75, kernels::main_dtype(dtype));
       }
   });
   kernels::set_threads(0);
 }
 
 TEST(LinearRows, ANaNStaysInItsRow) {
-  const RowsLayer layer(DType::f16, 64, 40);
-  TensorBuffer x(DType::f16, {6, 40});
-  x.fill_normal(4);
-  const auto clean = rows_of(layer, x, DType::f16);
-  x.set(3 * 40 + 11, std::numeric_limits<double>::quiet_NaN());
-  const auto dirty = rows_of(layer, x, DType::f16);
-  const size_t row_bytes = clean.size() / 6;
-  for (size_t row = 0; row < 6; ++row)
-    EXPECT_EQ(std::equal(clean.begin() + row * row_bytes, clean.begin() + (row + 1) * row_bytes,
-                         dirty.begin() + row * row_bytes),
-              row != 3);
+  for (DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64})
+    rows_layer::expect_nan_stays_in_its_row({}, dtype);
 }
 
 TEST(LinearRows, PanelsHoldTheMatrixAndZeros) {
-  const RowsLayer layer(DType::f16, 40, 5);
+  const rows_layer::RowsLayer layer({}, DType::f16, 40, 5);
   const auto w = layer.matrix.values(), p = layer.panels.values();
   ASSERT_EQ(p.size(), 2u * 5 * 32);
   for (int64_t row = 0; row < 64; ++row)

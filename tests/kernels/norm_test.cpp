@@ -11,13 +11,8 @@ namespace {
 using kernels::DType;
 using kernels::NormKind;
 using kernels::ShapeError;
+using support::buffer_of;
 using support::TensorBuffer;
-
-TensorBuffer buffer_of(DType dtype, kernels::Shape shape, std::vector<double> values) {
-  TensorBuffer buffer(dtype, shape);
-  buffer.set(values);
-  return buffer;
-}
 
 TEST(Norm, RmsByHand) {
   // mean(x^2) = (9 + 16) / 2 = 12.5

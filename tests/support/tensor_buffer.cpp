@@ -139,6 +139,13 @@ bool TensorBuffer::padding_intact() const {
   return intact;
 }
 
+TensorBuffer buffer_of(DType dtype, kernels::Shape shape, const std::vector<double>& values,
+                       kernels::Device device, int64_t padding) {
+  TensorBuffer buffer(dtype, shape, device, padding);
+  buffer.set(values);
+  return buffer;
+}
+
 std::vector<double> normal_values(size_t count, uint64_t seed, double scale, double offset) {
   std::vector<double> values(count);
   for (size_t i = 0; i < count; ++i)

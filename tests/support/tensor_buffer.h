@@ -41,6 +41,9 @@ class TensorBuffer {
   std::shared_ptr<void> storage_;
 };
 
+// A buffer that holds these values.
+TensorBuffer buffer_of(kernels::DType dtype, kernels::Shape shape, const std::vector<double>& values,
+                       kernels::Device device = {}, int64_t padding = 0);
 std::vector<double> normal_values(size_t count, uint64_t seed, double scale = 1, double offset = 0);
 // The buffer's values in another type.
 TensorBuffer converted(const TensorBuffer& from, kernels::DType dtype);

@@ -27,22 +27,13 @@ class Step : public testing::Test {
 
   // Sequences as long as the context, so that every micro-batch has one shape; the last of a step is smaller.
   configs::Config config(const std::string& compute = "fp16") {
-    configs::Config c;
-    c.model.layers = 2;
+    configs::Config c = support::tiny_config(folder_.path());
     c.model.width = 128;
-    c.model.heads = 2;
-    c.model.kv_heads = 1;
     c.model.ffn_width = 192;
-    c.model.context = 64;
-    c.model.attention = "linear,softmax";
     c.heads.medusa = 1;
-    c.heads.mtp = 1;
     c.precision.compute = compute;
-    c.data.path = (folder_.path() / "data").string();
-    c.optim.lr = 3e-3;
     c.optim.warmup = 2;
     c.train.steps = 100;
-    c.train.batch = 7;
     c.train.micro_batch = 3;
     return c;
   }

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "kernels/ops/linear_attention.h"
-#include "tests/support/op_case.h"
+#include "tests/kernels/cases/attention_cases.h"
 
 namespace support {
 
@@ -10,34 +10,14 @@ namespace {
 using kernels::Context;
 using kernels::LinearAttentionParams;
 
-struct AttentionShape {
-  int64_t heads, key_heads, width;
-  std::vector<double> cu_seqlens;
-  int64_t padding = 0;
-};
-
 // Backward: o is rounded on its way into do . o, a sum over the width, which moves dq by up to
 // u sum |do o|: about u times the width. The un-normalised output is of the main type, nothing is rounded.
-OpCase attention_case(std::string name, LinearAttentionParams params, const AttentionShape& s) {
-  const auto rows = static_cast<int64_t>(s.cu_seqlens.back());
-  OpCase op{
-      .operation = "linear_attention", .name = std::move(name), .inputs = {}, .outputs = {}, .forward = {}};
-  for (const char* input : {"q", "k", "v"})
-    op.inputs.push_back({.name = input,
-                         .shape = {rows, *input == 'q' ? s.heads : s.key_heads, s.width},
-                         .gradient = Gradient::written,
-                         .padding = s.padding});
-  op.inputs.push_back({.name = "cu_seqlens",
-                       .shape = {static_cast<int64_t>(s.cu_seqlens.size())},
-                       .type = Type::i32,
-                       .values = s.cu_seqlens});
-  op.outputs = {{.name = "o",
-                 .shape = {rows, s.heads, s.width},
-                 .type = params.normalise ? Type::compute : Type::main,
-                 .padding = s.padding}};
+OpCase linear_case(std::string name, LinearAttentionParams params, const AttentionShape& s) {
+  OpCase op = attention_case("linear_attention", std::move(name), s);
+  if (!params.normalise) op.outputs[0].type = Type::main;
   if (params.normalise)
     op.outputs.push_back(
-        {.name = "denominator", .shape = {rows, s.heads}, .type = Type::main, .differentiable = false});
+        {.name = "denominator", .shape = {s.rows(), s.heads}, .type = Type::main, .differentiable = false});
   const auto denominator = [params](const OpTensors& t) {
     return params.normalise ? t["denominator"] : kernels::Tensor{};
   };
@@ -49,7 +29,7 @@ OpCase attention_case(std::string name, LinearAttentionParams params, const Atte
                                        t["cu_seqlens"], t["dq"], t["dk"], t["dv"]);
   };
   op.backward_roundings = params.normalise ? 2 + static_cast<double>(s.width) : 1;
-  op.sum_length = 4 * (s.width + rows);
+  op.sum_length = 4 * (s.width + s.rows());
   return op;
 }
 
@@ -58,14 +38,14 @@ OpCase attention_case(std::string name, LinearAttentionParams params, const Atte
 // sum |w v|, and the weights w sum to one. Backward: the products do . v are one more.
 std::vector<OpCase> matrix_unit_cases(LinearAttentionParams params, const std::string& kind) {
   std::vector<OpCase> cases = {
-      attention_case(kind + "_width_64_groups", params,
-                     {.heads = 2, .key_heads = 1, .width = 64, .cu_seqlens = {0, 1, 65, 300}, .padding = 8}),
-      attention_case(kind + "_width_128", params,
-                     {.heads = 2, .key_heads = 2, .width = 128, .cu_seqlens = {3, 130, 130, 290}}),
-      attention_case(kind + "_width_64_segments", params,
-                     {.heads = 1, .key_heads = 1, .width = 64, .cu_seqlens = {0, 100, 1290}}),
-      attention_case(kind + "_width_128_segments", params,
-                     {.heads = 2, .key_heads = 1, .width = 128, .cu_seqlens = {0, 1100}})};
+      linear_case(kind + "_width_64_groups", params,
+                  {.heads = 2, .key_heads = 1, .width = 64, .cu_seqlens = {0, 1, 65, 300}, .padding = 8}),
+      linear_case(kind + "_width_128", params,
+                  {.heads = 2, .key_heads = 2, .width = 128, .cu_seqlens = {3, 130, 130, 290}}),
+      linear_case(kind + "_width_64_segments", params,
+                  {.heads = 1, .key_heads = 1, .width = 64, .cu_seqlens = {0, 100, 1290}}),
+      linear_case(kind + "_width_128_segments", params,
+                  {.heads = 2, .key_heads = 1, .width = 128, .cu_seqlens = {0, 1100}})};
   for (OpCase& op : cases) {
     op.forward_roundings = 4;
     op.backward_roundings = std::max(op.backward_roundings, 5.0);
@@ -77,8 +57,8 @@ std::vector<OpCase> matrix_unit_cases(LinearAttentionParams params, const std::s
 
 // The state exceeds fp16's largest number.
 OpCase large_state_case() {
-  OpCase op = attention_case("plain_large_state", {.normalise = false},
-                             {.heads = 1, .key_heads = 1, .width = 64, .cu_seqlens = {0, 1290}});
+  OpCase op = linear_case("plain_large_state", {.normalise = false},
+                          {.heads = 1, .key_heads = 1, .width = 64, .cu_seqlens = {0, 1290}});
   for (auto& input : op.inputs) input.gradient = Gradient::none;
   op.inputs[2].offset = 100;
   op.backward = {};
@@ -93,25 +73,25 @@ std::vector<OpCase> linear_attention_cases() {
   for (const bool normalise : {true, false}) {
     const LinearAttentionParams params{.normalise = normalise};
     const std::string kind = normalise ? "normalised" : "plain";
-    cases.push_back(attention_case(kind + "_one_sequence", params,
-                                   {.heads = 2, .key_heads = 2, .width = 8, .cu_seqlens = {0, 9}}));
-    cases.push_back(attention_case(
-        kind + "_packed_ragged", params,
-        {.heads = 2, .key_heads = 1, .width = 4, .cu_seqlens = {0, 1, 1, 6, 9}, .padding = 8}));
+    cases.push_back(linear_case(kind + "_one_sequence", params,
+                                {.heads = 2, .key_heads = 2, .width = 8, .cu_seqlens = {0, 9}}));
     cases.push_back(
-        attention_case(kind + "_odd_width_groups", params,
-                       {.heads = 4, .key_heads = 2, .width = 5, .cu_seqlens = {0, 3, 8}, .padding = 3}));
+        linear_case(kind + "_packed_ragged", params,
+                    {.heads = 2, .key_heads = 1, .width = 4, .cu_seqlens = {0, 1, 1, 6, 9}, .padding = 8}));
+    cases.push_back(
+        linear_case(kind + "_odd_width_groups", params,
+                    {.heads = 4, .key_heads = 2, .width = 5, .cu_seqlens = {0, 3, 8}, .padding = 3}));
     // Over many rows v averages out: dq is small beside the do . o whose rounding it carries.
-    OpCase chunks = attention_case(kind + "_three_chunks", params,
-                                   {.heads = 2, .key_heads = 1, .width = 2, .cu_seqlens = {0, 130}});
+    OpCase chunks = linear_case(kind + "_three_chunks", params,
+                                {.heads = 2, .key_heads = 1, .width = 2, .cu_seqlens = {0, 130}});
     if (normalise) chunks.backward_roundings *= 4;
     cases.push_back(std::move(chunks));
     for (OpCase& op : matrix_unit_cases(params, kind)) cases.push_back(std::move(op));
   }
   cases.push_back(large_state_case());
   // More rows than a grid dimension has blocks, and long enough to be cut into segments.
-  OpCase many = attention_case("normalised_many_rows", {},
-                               {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = {0, 3, 66000}});
+  OpCase many = linear_case("normalised_many_rows", {},
+                            {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = {0, 3, 66000}});
   many.backward_roundings *= 4;
   many.checked_elements = 2;
   many.types = {kernels::DType::f32};

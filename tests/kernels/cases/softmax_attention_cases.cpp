@@ -1,43 +1,13 @@
 #include <algorithm>
 
 #include "kernels/ops/softmax_attention.h"
-#include "tests/support/op_case.h"
+#include "tests/kernels/cases/attention_cases.h"
 
 namespace support {
 
 namespace {
 
 using kernels::Context;
-using kernels::DType;
-
-struct AttentionShape {
-  int64_t heads, key_heads, width;
-  std::vector<double> cu_seqlens;
-  int64_t padding = 0;
-  int64_t outside = 0;  // rows behind the last sequence
-  kernels::AttentionHints hints = {};
-};
-
-void add_tensors(OpCase& op, const AttentionShape& s) {
-  const auto rows = static_cast<int64_t>(s.cu_seqlens.back()) + s.outside;
-  for (const char* input : {"q", "k", "v"})
-    op.inputs.push_back({.name = input,
-                         .shape = {rows, *input == 'q' ? s.heads : s.key_heads, s.width},
-                         .gradient = Gradient::written,
-                         .padding = s.padding});
-  op.inputs.push_back({.name = "cu_seqlens",
-                       .shape = {static_cast<int64_t>(s.cu_seqlens.size())},
-                       .type = Type::i32,
-                       .values = s.cu_seqlens});
-  op.outputs = {{.name = "o", .shape = {rows, s.heads, s.width}, .padding = s.padding}};
-  // Where sequences are uniform its order is the device's own: working memory, not a result.
-  if (s.hints.uniform) {
-    op.inputs.push_back({.name = "log_sum", .shape = {rows, s.heads}, .type = Type::main});
-  } else {
-    op.outputs.push_back(
-        {.name = "log_sum", .shape = {rows, s.heads}, .type = Type::main, .differentiable = false});
-  }
-}
 
 int64_t longest(const std::vector<double>& boundaries) {
   double longest = 0;
@@ -51,14 +21,20 @@ int64_t longest(const std::vector<double>& boundaries) {
 // Backward: o is rounded on its way into do . o, a sum over the width, which moves dq and dk by up to
 // u sum |do o| |k| / sqrt(D): about u times the width.
 // A score of up to 16 is off by 16 of fp32's units, and its exponential with it.
-OpCase attention_case(std::string name, const AttentionShape& s) {
-  OpCase op{
-      .operation = "softmax_attention", .name = std::move(name), .inputs = {}, .outputs = {}, .forward = {}};
-  add_tensors(op, s);
-  op.forward = [hints = s.hints](const Context& ctx, const OpTensors& t) {
+OpCase softmax_case(std::string name, const AttentionShape& s, const kernels::AttentionHints& hints = {}) {
+  OpCase op = attention_case("softmax_attention", std::move(name), s);
+  const OpOutput log_sum{
+      .name = "log_sum", .shape = {s.rows(), s.heads}, .type = Type::main, .differentiable = false};
+  // Where sequences are uniform its order is the device's own: working memory, not a result.
+  if (hints.uniform) {
+    op.inputs.push_back({.name = log_sum.name, .shape = log_sum.shape, .type = log_sum.type});
+  } else {
+    op.outputs.push_back(log_sum);
+  }
+  op.forward = [hints](const Context& ctx, const OpTensors& t) {
     kernels::softmax_attention(ctx, t["q"], t["k"], t["v"], t["cu_seqlens"], t["o"], t["log_sum"], hints);
   };
-  op.backward = [hints = s.hints](const Context& ctx, const OpTensors& t) {
+  op.backward = [hints](const Context& ctx, const OpTensors& t) {
     kernels::softmax_attention_backward(ctx, t["do"], t["q"], t["k"], t["v"], t["o"], t["log_sum"],
                                         t["cu_seqlens"], t["dq"], t["dk"], t["dv"], hints);
   };
@@ -69,8 +45,8 @@ OpCase attention_case(std::string name, const AttentionShape& s) {
 }
 
 // Larger ones, where a GPU leaves its first tile; few elements meet central differences.
-OpCase large_case(std::string name, const AttentionShape& s) {
-  OpCase op = attention_case(std::move(name), s);
+OpCase large_case(std::string name, const AttentionShape& s, const kernels::AttentionHints& hints = {}) {
+  OpCase op = softmax_case(std::move(name), s, hints);
   op.checked_elements = 6;
   return op;
 }
@@ -85,41 +61,33 @@ std::vector<double> singles(int count, int pair_at) {
 
 std::vector<OpCase> softmax_attention_cases() {
   return {
-      attention_case("one_sequence", {.heads = 2, .key_heads = 2, .width = 8, .cu_seqlens = {0, 9}}),
-      attention_case("packed_ragged",
-                     {.heads = 2, .key_heads = 1, .width = 4, .cu_seqlens = {0, 1, 1, 6, 9}, .padding = 8}),
-      attention_case("odd_width_groups",
-                     {.heads = 4, .key_heads = 2, .width = 5, .cu_seqlens = {0, 3, 8}, .padding = 3}),
-      attention_case("two_tiles", {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = {0, 67}}),
-      attention_case(
+      softmax_case("one_sequence", {.heads = 2, .key_heads = 2, .width = 8, .cu_seqlens = {0, 9}}),
+      softmax_case("packed_ragged",
+                   {.heads = 2, .key_heads = 1, .width = 4, .cu_seqlens = {0, 1, 1, 6, 9}, .padding = 8}),
+      softmax_case("odd_width_groups",
+                   {.heads = 4, .key_heads = 2, .width = 5, .cu_seqlens = {0, 3, 8}, .padding = 3}),
+      softmax_case("two_tiles", {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = {0, 67}}),
+      softmax_case(
           "rows_outside",
           {.heads = 2, .key_heads = 1, .width = 8, .cu_seqlens = {2, 7, 7, 12}, .padding = 8, .outside = 3}),
-      large_case("ragged_groups", {.heads = 4,
-                                   .key_heads = 2,
-                                   .width = 64,
-                                   .cu_seqlens = {0, 200, 201, 201, 270},
-                                   .padding = 64,
-                                   .outside = 5,
-                                   .hints = {.longest = 200}}),
+      large_case("ragged_groups",
+                 {.heads = 4,
+                  .key_heads = 2,
+                  .width = 64,
+                  .cu_seqlens = {0, 200, 201, 201, 270},
+                  .padding = 64,
+                  .outside = 5},
+                 {.longest = 200}),
       large_case("ragged_wide_heads",
                  {.heads = 2, .key_heads = 2, .width = 128, .cu_seqlens = {0, 131, 260}}),
       large_case("widest_heads", {.heads = 1, .key_heads = 1, .width = 256, .cu_seqlens = {0, 70}}),
-      large_case("uniform", {.heads = 4,
-                             .key_heads = 2,
-                             .width = 64,
-                             .cu_seqlens = {0, 128, 256},
-                             .padding = 64,
-                             .hints = {.longest = 128, .uniform = true}}),
-      large_case("uniform_wide_heads", {.heads = 1,
-                                        .key_heads = 1,
-                                        .width = 128,
-                                        .cu_seqlens = {0, 256},
-                                        .hints = {.longest = 256, .uniform = true, .deterministic = false}}),
-      large_case("uniform_odd_length", {.heads = 2,
-                                        .key_heads = 1,
-                                        .width = 64,
-                                        .cu_seqlens = {0, 77, 154},
-                                        .hints = {.longest = 77, .uniform = true}}),
+      large_case("uniform",
+                 {.heads = 4, .key_heads = 2, .width = 64, .cu_seqlens = {0, 128, 256}, .padding = 64},
+                 {.longest = 128, .uniform = true}),
+      large_case("uniform_wide_heads", {.heads = 1, .key_heads = 1, .width = 128, .cu_seqlens = {0, 256}},
+                 {.longest = 256, .uniform = true, .deterministic = false}),
+      large_case("uniform_odd_length", {.heads = 2, .key_heads = 1, .width = 64, .cu_seqlens = {0, 77, 154}},
+                 {.longest = 77, .uniform = true}),
       large_case("many_sequences",
                  {.heads = 1, .key_heads = 1, .width = 2, .cu_seqlens = singles(65550, 40000)}),
   };

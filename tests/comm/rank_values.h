@@ -1,0 +1,50 @@
+#pragma once
+// What programs of several ranks share: values that every rank can compute of every other one, the serial
+// reduction of them, and the list of what went wrong.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "comm/communicator.h"
+
+namespace ranks {
+
+inline int failures = 0;
+
+inline void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  fmt::print(stderr, "FAILED: {}\n", what);
+}
+
+// What rank r contributes: values of mixed size and sign, so that the order of a sum shows in its bits.
+template <typename T>
+std::vector<T> values_of(int r, int64_t n, uint32_t seed) {
+  std::mt19937 random(seed * 131u + static_cast<uint32_t>(r));
+  std::vector<T> v(static_cast<size_t>(n));
+  for (T& x : v) {
+    const double u = static_cast<double>(random()) / 4294967296.0 - 0.5;
+    x = static_cast<T>(std::is_integral_v<T> ? u * 2e6 : std::ldexp(u, static_cast<int>(random() % 30)));
+  }
+  return v;
+}
+
+// The values of all ranks reduced, in the order of the ranks.
+template <typename T>
+std::vector<T> reduced(int ranks, int64_t n, uint32_t seed, comm::Reduce op) {
+  std::vector<T> result = values_of<T>(0, n, seed);
+  for (int r = 1; r < ranks; ++r) {
+    const std::vector<T> v = values_of<T>(r, n, seed);
+    for (size_t i = 0; i < v.size(); ++i)
+      result[i] = op == comm::Reduce::sum ? static_cast<T>(result[i] + v[i]) : std::max(result[i], v[i]);
+  }
+  return result;
+}
+
+}  // namespace ranks

@@ -1,0 +1,79 @@
+#pragma once
+// A linear layer as decoding runs it, on any device, and what its rows must fulfil there.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/ops/linear.h"
+#include "tests/support/tensor_buffer.h"
+
+namespace rows_layer {
+
+using kernels::Context;
+using kernels::DType;
+using kernels::Tensor;
+using support::TensorBuffer;
+
+struct RowsLayer {
+  TensorBuffer matrix, bias, panels;
+  RowsLayer(const Context& ctx, DType dtype, int64_t out, int64_t in)
+      : matrix(dtype, {out, in}, ctx.device), bias(dtype, {out}, ctx.device) {
+    matrix.fill_normal(1, 0.2);
+    bias.fill_normal(2);
+    panels = TensorBuffer(dtype, kernels::panels_shape(matrix), ctx.device);
+    pack(ctx);
+  }
+  void pack(const Context& ctx) {
+    Tensor view = panels;
+    kernels::pack_panels(ctx, matrix, view);
+  }
+  kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
+  // Bytes of y = linear(x), or gelu of it.
+  std::vector<char> rows_of(const Context& ctx, const Tensor& x, DType y_type, bool gelu = false) const {
+    TensorBuffer y(y_type, {x.rows(), matrix.tensor().rows()}, ctx.device);
+    if (gelu)
+      kernels::linear_gelu(ctx, x, weight(), {}, y);
+    else
+      kernels::linear(ctx, x, weight(), y);
+    return y.bytes();
+  }
+};
+
+// Rows among any number of neighbours have the bits they have alone.
+inline void expect_rows_alone(const Context& ctx, DType dtype, int64_t out, int64_t in, DType y_type,
+                              bool gelu = false) {
+  const RowsLayer layer(ctx, dtype, out, in);
+  TensorBuffer x(dtype, {kernels::kMaxDecodeRows, in}, ctx.device);
+  x.fill_normal(3);
+  std::vector<char> alone;
+  for (int64_t i = 0; i < kernels::kMaxDecodeRows; ++i) {
+    const auto row = layer.rows_of(ctx, x.tensor().slice(i, 1), y_type, gelu);
+    alone.insert(alone.end(), row.begin(), row.end());
+  }
+  const auto row_bytes = static_cast<int64_t>(alone.size()) / kernels::kMaxDecodeRows;
+  for (int64_t n = 1; n <= kernels::kMaxDecodeRows; ++n) {
+    const int64_t first = (n * 7) % (kernels::kMaxDecodeRows - n + 1);
+    const auto together = layer.rows_of(ctx, x.tensor().slice(first, n), y_type, gelu);
+    EXPECT_TRUE(std::equal(together.begin(), together.end(), alone.begin() + first * row_bytes))
+        << n << " rows of (" << out << ", " << in << "), " << name_of(dtype);
+  }
+}
+
+// A NaN changes its own row and no other.
+inline void expect_nan_stays_in_its_row(const Context& ctx, DType dtype) {
+  const RowsLayer layer(ctx, dtype, 64, 40);
+  TensorBuffer x(dtype, {6, 40}, ctx.device);
+  x.fill_normal(4);
+  const auto clean = layer.rows_of(ctx, x, dtype);
+  x.set(3 * 40 + 11, std::numeric_limits<double>::quiet_NaN());
+  const auto dirty = layer.rows_of(ctx, x, dtype);
+  const auto row_bytes = static_cast<int64_t>(clean.size()) / 6;
+  for (int64_t row = 0; row < 6; ++row) {
+    const auto begin = clean.begin() + row * row_bytes;
+    EXPECT_EQ(std::equal(begin, begin + row_bytes, dirty.begin() + row * row_bytes), row != 3)
+        << "row " << row << ", " << name_of(dtype);
+  }
+}
+
+}  // namespace rows_layer
