@@ -1,8 +1,9 @@
 // Decoding with a cache for every type and head size: one block per query, chunk after chunk.
-#include "kernels/cuda/check.h"
+#include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/decode.cuh"
 #include "kernels/cuda/device/element.cuh"
 #include "kernels/cuda/device/reduce.cuh"
+#include "kernels/cuda/launch.h"
 
 namespace kernels::cuda {
 
@@ -44,6 +45,8 @@ __device__ float score(const SoftmaxDecode<T>& p, const T* q, const T* key) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) decode_any_kernel(const SoftmaxDecode<T> p) {
   __shared__ Chunk shared;
+  let_next_start();
+  wait_for_previous();
   const int row = blockIdx.x, head = blockIdx.y, group = p.heads / p.key_heads, key_head = head / group;
   const int sequence = sequence_of(p.first_row, p.sequences, row);
   if (sequence < 0) return;
@@ -102,8 +105,8 @@ void softmax_decode_any(const Context& ctx, const DecodeCall& call) {
   visit_device_dtype(call.q.dtype, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(static_cast<unsigned>(call.q.rows()), static_cast<unsigned>(call.q.dim(1)));
-    decode_any_kernel<T><<<grid, kThreads, 0, stream_of(ctx)>>>(step_of<T>(call));
-    check_launch("softmax_attention_decode");
+    launch(ctx, "softmax_attention_decode", {.grid = grid, .block = kThreads, .dependent = true},
+           decode_any_kernel<T>, step_of<T>(call));
   });
 }
 

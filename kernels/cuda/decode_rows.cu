@@ -23,8 +23,8 @@ struct Commit {
 // A thread moves one column of a sequence, row after row: what a row overwrites has been read by then.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads) commit_rows_kernel(const Commit p) {
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const int64_t column = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * int64_t{sizeof(Word)};
   if (column >= p.slot_bytes) return;
   const int sequence = blockIdx.y, length = p.lengths[sequence];

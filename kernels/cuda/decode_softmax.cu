@@ -365,8 +365,8 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) softmax_decode_kernel(const Tiles<T> p) {
   extern __shared__ __align__(16) char memory[];
   Memory<T, D>& m = *reinterpret_cast<Memory<T, D>*>(memory);
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const Tile t = tile_of(p);
   if (t.rows <= 0) return;
   if (blockIdx.x == 0 && t.query == 0) append_tile<T, D>(p, t);

@@ -23,6 +23,8 @@ struct Lookup {
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) lookup_kernel(const Lookup l) {
   const int64_t row = int64_t{blockIdx.x} * (kThreads / l.across) + threadIdx.x / l.across;
+  let_next_start();
+  wait_for_previous();
   if (row >= l.rows) return;
   const int64_t token = l.tokens[row], position = l.positions ? l.positions[row] : -1;
   const bool known = token < l.table_rows && position < l.position_rows;
@@ -50,8 +52,9 @@ void look_up(const Context& ctx, Lookup l) {
   const auto vectors = static_cast<unsigned>((l.columns + N - 1) / N);
   l.across = std::min<unsigned>(kThreads, std::bit_ceil(vectors));
   const int64_t rows = kThreads / l.across;
-  lookup_kernel<T, N><<<static_cast<unsigned>((l.rows + rows - 1) / rows), kThreads, 0, stream_of(ctx)>>>(l);
-  check_launch("embedding");
+  const auto blocks = static_cast<unsigned>((l.rows + rows - 1) / rows);
+  launch(ctx, "embedding", {.grid = blocks, .block = kThreads, .dependent = starts_early(blocks)},
+         lookup_kernel<T, N>, l);
 }
 
 // The backward sorts the rows by table row, keeping their order, and cuts the sorted list into pieces. A

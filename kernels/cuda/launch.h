@@ -16,6 +16,10 @@ struct LaunchShape {
   unsigned shared = 0;     // bytes of dynamic shared memory
 };
 
+// Whether a kernel of so many blocks should start before the one ahead of it has ended: one that fills the
+// GPU has nothing to gain by that.
+inline bool starts_early(unsigned blocks) { return blocks <= 256; }
+
 // Whether the current device has clusters and dependent launches.
 bool has_clusters();
 

@@ -50,6 +50,7 @@ void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
 void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, const Tensor& residual,
                 Tensor y) {
   if (x.rows() == 0) return;
+  if (w.panels && x.rows() <= kMaxDecodeRows) return cuda::linear_rows(ctx, x, w, y, false, residual);
   const Product fused{.a = x,
                       .b = w.matrix,
                       .c = y,

@@ -5,9 +5,10 @@
 #include <string>
 
 #include "kernels/core/error.h"
-#include "kernels/cuda/check.h"
+#include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/element.cuh"
 #include "kernels/cuda/device/reduce.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_attention.h"
 #include "kernels/ops/linear.h"
 
@@ -164,6 +165,8 @@ template <class T, class Out>
 __global__ void __launch_bounds__(kThreads) linear_decode(const DecodeTask t) {
   extern __shared__ float memory[];
   const DecodeShared m(memory, t.width, t.slots);
+  let_next_start();
+  wait_for_previous();
   const int blocks = (t.width + kColumns - 1) / kColumns, column = blockIdx.x % blocks * kColumns;
   const int key_head = blockIdx.x / blocks % t.key_heads, sequence = blockIdx.x / blocks / t.key_heads;
   const int first_row = t.first_row[sequence], rows = t.first_row[sequence + 1] - first_row;
@@ -231,6 +234,8 @@ __device__ void fold(const FoldedState& state, const float* k, const T* v, float
 // A block: one head of one sequence.
 template <class T>
 __global__ void __launch_bounds__(kThreads) linear_commit(const CommitTask t) {
+  let_next_start();
+  wait_for_previous();
   const int sequence = blockIdx.x / t.key_heads, key_head = blockIdx.x % t.key_heads;
   const int count = t.counts[sequence], length = t.lengths[sequence];
   if (count <= 0) return;
@@ -259,10 +264,14 @@ void check_width(const char* operation, int64_t width) {
                      "; on a GPU decoding takes at most " + std::to_string(kMost));
 }
 
-template <class Kernel>
-void allow_shared(Kernel* kernel, size_t bytes) {
+template <class Task>
+void run_kernel(const Context& ctx, const char* name, void (*kernel)(Task), dim3 grid, size_t bytes,
+                const Task& task) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "linear_attention_decode");
+        name);
+  launch(ctx, name,
+         {.grid = grid, .block = kThreads, .dependent = true, .shared = static_cast<unsigned>(bytes)}, kernel,
+         task);
 }
 
 }  // namespace
@@ -294,13 +303,11 @@ void linear_attention_decode(const Context& ctx, const LinearAttentionParams& pa
   const size_t bytes = decode_shared_bytes(task.width, task.slots);
   visit_device_dtype(q.dtype, [&](auto t) {
     const auto run = [&](auto out) {
-      auto* kernel = linear_decode<decltype(t), decltype(out)>;
-      allow_shared(kernel, bytes);
-      kernel<<<grid, kThreads, bytes, stream_of(ctx)>>>(task);
+      run_kernel(ctx, "linear_attention_decode", linear_decode<decltype(t), decltype(out)>, grid, bytes,
+                 task);
     };
     o.dtype == DType::f32 ? run(float{}) : run(t);
   });
-  check_launch("linear_attention_decode");
 }
 
 void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearAttentionState& state) {
@@ -316,11 +323,8 @@ void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearA
   const auto grid = static_cast<unsigned>(state.s.rows() * state.s.dim(1));
   const size_t bytes = 2 * kFold * static_cast<size_t>((task.width + 3) / 4 * 4) * sizeof(float);
   visit_device_dtype(state.recent_v.dtype, [&](auto t) {
-    auto* kernel = linear_commit<decltype(t)>;
-    allow_shared(kernel, bytes);
-    kernel<<<grid, kThreads, bytes, stream_of(ctx)>>>(task);
+    run_kernel(ctx, "linear_attention_commit", linear_commit<decltype(t)>, dim3(grid), bytes, task);
   });
-  check_launch("linear_attention_commit");
 }
 
 }  // namespace kernels::cuda

@@ -23,13 +23,14 @@ constexpr int kWarps = 8, kThreads = kWarps * 32;
 constexpr int kWarpTiles = 3;  // tiles of a slice that one warp has: all of them are in flight at once
 constexpr int kSliceTiles = kWarps * kWarpTiles;
 constexpr int kMostCluster = 8;
+constexpr int kPanel = kTileRows;  // outputs of a panel
 constexpr int kTile = kTileRows * kTileColumns;
-constexpr int kPitch = kTileRows + 4;  // floats between the sums of two rows of x: no bank conflicts
+constexpr int kPitch = kPanel + 4;  // floats between the sums of two rows of x: no bank conflicts
 
 struct Arguments {
-  const void *weights, *x, *bias;
+  const void *weights, *x, *bias, *residual;  // the last two may be null
   void* y;
-  int64_t x_stride, y_stride;
+  int64_t x_stride, residual_stride, y_stride;
   int rows, in, out;
   int panels, tiles, slices;  // tiles and slices of one panel
   bool gelu, y_fp32;
@@ -42,13 +43,15 @@ struct Slice {
       : first(a.tiles * s / a.slices), last(a.tiles * (s + 1) / a.slices) {}
 };
 
-// Weights are read once: they do not displace x in the first-level cache. Volatile: issued where it stands,
-// ahead of waiting for the previous kernel.
+// Weights are read once a step: in the caches they make way for what is read again, such as x, biases and the
+// keys and values of attention. Volatile: issued where it stands, ahead of waiting for the previous kernel.
 __device__ __forceinline__ uint4 load_weights(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+               : "l"(p), "l"(policy));
   return v;
 }
 
@@ -194,46 +197,86 @@ __device__ __forceinline__ float gelu_of(float x) {
   return x / (1 + expf(-twice_u));
 }
 
-template <typename T>
-__device__ __forceinline__ void write(const Arguments& a, int panel, int element, float sum) {
-  const int n = element / kTileRows, m = panel * kTileRows + element % kTileRows;
-  if (n >= a.rows || m >= a.out) return;
-  if (a.bias) sum += to_float(static_cast<const T*>(a.bias)[m]);
-  if (a.gelu) sum = gelu_of(sum);
-  const int64_t place = n * a.y_stride + m;
-  if (a.y_fp32)
-    static_cast<float*>(a.y)[place] = sum;
-  else
-    static_cast<T*>(a.y)[place] = from_float<T>(sum);
-}
+// This thread's share of a panel's outputs, which are dealt out to the threads of all blocks of a cluster,
+// and what is added to the sums there: fetched ahead of them.
+template <typename T, int kColumns>
+struct Outputs {
+  static constexpr int kCount = std::max(kColumns * 8 * kPanel / kThreads, 1);
+  T bias[kCount], residual[kCount];
+
+  static __device__ __forceinline__ int element(int i) {
+    return static_cast<int>(cluster_rank() + (threadIdx.x + i * kThreads) * cluster_size());
+  }
+  // The row and the column of y.
+  struct Place {
+    int n, m;
+    bool inside;
+    __device__ Place(const Arguments& a, int panel, int element)
+        : n(element / kPanel), m(panel * kPanel + element % kPanel), inside(n < a.rows && m < a.out) {}
+  };
+
+  __device__ __forceinline__ void load_bias(const Arguments& a, int panel) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Place at(a, panel, element(i));
+      bias[i] = a.bias && at.inside ? static_cast<const T*>(a.bias)[at.m] : T(0.0f);
+    }
+  }
+  __device__ __forceinline__ void load_residual(const Arguments& a, int panel) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Place at(a, panel, element(i));
+      residual[i] = a.residual && at.inside
+                        ? static_cast<const T*>(a.residual)[at.n * a.residual_stride + at.m]
+                        : T(0.0f);
+    }
+  }
+  __device__ __forceinline__ void write(const Arguments& a, int panel, int i, float sum) const {
+    const Place at(a, panel, element(i));
+    if (!at.inside) return;
+    sum += to_float(bias[i]);
+    if (a.gelu) sum = gelu_of(sum);
+    sum += to_float(residual[i]);
+    const int64_t place = at.n * a.y_stride + at.m;
+    if (a.y_fp32)
+      static_cast<float*>(a.y)[place] = sum;
+    else
+      static_cast<T*>(a.y)[place] = from_float<T>(sum);
+  }
+};
 
 // Adds the warps' sums, then the blocks', and writes one panel's outputs.
 template <typename T, int kColumns>
-__device__ __forceinline__ void finish(const Arguments& a, int panel,
+__device__ __forceinline__ void finish(const Arguments& a, int panel, const Outputs<T, kColumns>& outputs,
                                        const float (*partial)[kColumns * 8 * kPitch], float* block_sum) {
-  constexpr int kElements = kColumns * 8 * kTileRows;
-  const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-#pragma unroll 1
-  for (int e = threadIdx.x; e < kElements; e += kThreads) {
-    const int place = e / kTileRows * kPitch + e % kTileRows;
+  const int blocks = static_cast<int>(cluster_size()), elements = a.rows * kPanel;
+  const auto sum_of_warps = [&](int e) {
+    const int place = e / kPanel * kPitch + e % kPanel;
     float sum = partial[0][place];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += partial[w][place];
-    if (blocks == 1)
-      write<T>(a, panel, e, sum);
-    else
-      block_sum[e] = sum;
-  }
-  if (blocks == 1) return __syncthreads();
-  cluster_sync();
+    return sum;
+  };
+  if (blocks > 1) {
 #pragma unroll 1
-  for (int e = rank + static_cast<int>(threadIdx.x) * blocks; e < kElements; e += kThreads * blocks) {
-    float sum = 0;
-#pragma unroll 4
-    for (int r = 0; r < blocks; ++r) sum += cluster_shared(block_sum, r)[e];
-    write<T>(a, panel, e, sum);
+    for (int e = threadIdx.x; e < elements; e += kThreads) block_sum[e] = sum_of_warps(e);
+    cluster_sync();
   }
-  cluster_sync();  // before the sums are overwritten, and before a block leaves while others read them
+#pragma unroll
+  for (int i = 0; i < outputs.kCount; ++i) {
+    const int e = outputs.element(i);
+    if (e >= elements) continue;
+    float sum = blocks == 1 ? sum_of_warps(e) : 0;
+    if (blocks > 1)
+#pragma unroll 4
+      for (int r = 0; r < blocks; ++r) sum += cluster_shared(block_sum, r)[e];
+    outputs.write(a, panel, i, sum);
+  }
+  // Before the sums are overwritten, and before a block leaves while others read them.
+  if (blocks > 1)
+    cluster_sync();
+  else
+    __syncthreads();
 }
 
 // Blocks of a multiprocessor: as many as the registers that hold x leave room for.
@@ -244,16 +287,19 @@ inline constexpr int kResident = kColumns == 1   ? 3
 
 template <typename T, int kColumns, bool kVectors>
 __global__ void __launch_bounds__(kThreads, kResident<kColumns>) rows_kernel(const Arguments a) {
-  __shared__ float partial[kWarps][kColumns * 8 * kPitch], block_sum[kColumns * 8 * kTileRows];
+  __shared__ float partial[kWarps][kColumns * 8 * kPitch], block_sum[kColumns * 8 * kPanel];
   const int blocks = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups = static_cast<int>(gridDim.x) / blocks;
   int panel = static_cast<int>(blockIdx.x) / blocks, loaded = -1;
   WarpProduct<T, kColumns, kVectors> product;
+  Outputs<T, kColumns> outputs;
   product.fetch(a, panel, rank, warp, lane);
-  wait_for_previous();
+  outputs.load_bias(a, panel);
   let_next_start();
+  wait_for_previous();
   for (; panel < a.panels; panel += groups) {
+    outputs.load_residual(a, panel);
     product.clear();
     for (int slice = rank; slice < a.slices; slice += blocks) {
       if (loaded != slice) product.load_x(a, slice, warp, lane);
@@ -267,7 +313,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns>) rows_kernel(con
     }
     product.store(partial[warp], lane);
     __syncthreads();
-    finish<T, kColumns>(a, panel, partial, block_sum);
+    finish<T, kColumns>(a, panel, outputs, partial, block_sum);
+    outputs.load_bias(a, panel + groups);
   }
 }
 
@@ -327,15 +374,18 @@ void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels) {
   check_launch("pack_panels");
 }
 
-void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu) {
+void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu,
+                 const Tensor& residual) {
   if (x.rows() == 0) return;
   const int tiles = static_cast<int>(w.panels.dim(1));
   const auto bytes = static_cast<int64_t>(size_of(x.dtype));
   const Arguments a{.weights = w.panels.data,
                     .x = x.data,
                     .bias = w.bias.data,
+                    .residual = residual.data,
                     .y = y.data,
                     .x_stride = x.row_stride,
+                    .residual_stride = residual.row_stride,
                     .y_stride = y.row_stride,
                     .rows = static_cast<int>(x.rows()),
                     .in = static_cast<int>(x.cols()),

@@ -1,6 +1,8 @@
 #include <algorithm>
 
+#include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/norm_rows.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/ops/norm.h"
 
 namespace kernels::cuda {
@@ -50,6 +52,8 @@ __global__ void __launch_bounds__(S::kThreads) forward_kernel(const Forward f) {
   const int lane = threadIdx.x % S::kLanes, group = blockIdx.y;
   const int64_t row = int64_t{blockIdx.x} * S::kRows + threadIdx.x / S::kLanes;
   const bool live = row < f.rows;
+  let_next_start();
+  wait_for_previous();
   const ForwardRow<X, Y> at(f, live ? row : 0, group);
   Vector<X, N> x[S::kVectors];
   Vector<Y, N> branch[kResidual ? S::kVectors : 1];
@@ -114,6 +118,8 @@ __global__ void __launch_bounds__(kAnyThreads) forward_any_kernel(const Forward 
   __shared__ float shared[33];
   const int group = blockIdx.y;
   const int64_t row = blockIdx.x;
+  let_next_start();
+  wait_for_previous();
   const ForwardRow<X, Y> at(f, row, group);
   const auto value = [&](int c) {
     if constexpr (kResidual)
@@ -144,18 +150,18 @@ __global__ void __launch_bounds__(kAnyThreads) forward_any_kernel(const Forward 
 
 template <typename X, typename Y, bool kResidual>
 void launch_forward(const Context& ctx, const char* name, const Forward& f, int64_t groups, bool wide) {
+  const auto run = [&](int64_t blocks, int threads, auto kernel) {
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
+    const LaunchShape shape{.grid = grid, .block = dim3(threads), .dependent = starts_early(grid.x * grid.y)};
+    launch(ctx, name, shape, kernel, f);
+  };
   visit_spread(f.columns, kNormElements<X, Y>, wide, [&](auto spread) {
     using S = decltype(spread);
-    if constexpr (std::is_same_v<S, AnySpread>) {
-      const dim3 grid(static_cast<unsigned>(f.rows), static_cast<unsigned>(groups));
-      forward_any_kernel<X, Y, kResidual><<<grid, kAnyThreads, 0, stream_of(ctx)>>>(f);
-    } else {
-      const dim3 grid(static_cast<unsigned>((f.rows + S::kRows - 1) / S::kRows),
-                      static_cast<unsigned>(groups));
-      forward_kernel<S, X, Y, kResidual><<<grid, S::kThreads, 0, stream_of(ctx)>>>(f);
-    }
+    if constexpr (std::is_same_v<S, AnySpread>)
+      run(f.rows, kAnyThreads, forward_any_kernel<X, Y, kResidual>);
+    else
+      run((f.rows + S::kRows - 1) / S::kRows, S::kThreads, forward_kernel<S, X, Y, kResidual>);
   });
-  check_launch(name);
 }
 
 Forward forward_of(const NormParams& params, const Tensor& gain, const Tensor& bias, const Tensor& y,

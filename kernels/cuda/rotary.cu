@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t unit = blockIdx.x * kThreads + threadIdx.x;  // no tensor has 2^32 of them
   const int vector = unit % a.vectors, group = unit / a.vectors % a.groups;
   const int64_t row = unit / a.vectors / a.groups;
+  let_next_start();
+  wait_for_previous();
   if (row >= a.rows) return;
   const double position = a.positions[row];
   const int d = vector * N;
@@ -82,8 +84,8 @@ void rotate(const Context& ctx, const Tensor& x, RotaryArguments a, const Rates&
   a.groups = static_cast<uint32_t>((a.heads + a.heads_per_thread - 1) / a.heads_per_thread);
   const int64_t units = a.rows * a.vectors * a.groups;
   const auto blocks = static_cast<unsigned>((units + kThreads - 1) / kThreads);
-  rotary_kernel<T, N><<<blocks, kThreads, 0, stream_of(ctx)>>>(static_cast<T*>(x.data), a, rates);
-  check_launch("rotary");
+  launch(ctx, "rotary", {.grid = blocks, .block = kThreads, .dependent = starts_early(blocks)},
+         rotary_kernel<T, N>, static_cast<T*>(x.data), a, rates);
 }
 
 }  // namespace

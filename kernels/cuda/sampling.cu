@@ -54,8 +54,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) argmax_kernel(const Logits<T> logits, int32_t* tokens) {
   __shared__ Key reduction[33], best_of_block;
   const Share share;
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const T* x = logits.data + share.row * logits.stride;
   Key best = 0;
 #pragma unroll 8
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     probabilities_kernel(const Logits<T> logits, float scale, float* p, int64_t p_stride) {
   __shared__ float reduction[33], of_block;
   const Share share;
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const T* x = logits.data + share.row * logits.stride;
   float* out = p + share.row * p_stride;
   float largest = -std::numeric_limits<float>::infinity();
@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kRound = 32;
   __shared__ Key of_warp[kWarps][kRound], of_block[kRound], of_row[kRound];
   const Share share;
-  wait_for_previous();
   let_next_start();
+  wait_for_previous();
   const T* x = logits.data + share.row * logits.stride;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Key bound = std::numeric_limits<Key>::max();

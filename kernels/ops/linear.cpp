@@ -95,9 +95,8 @@ void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, cons
   check_shape("linear_add", "residual", residual, y.shape);
   check_dtype("linear_add", "residual", residual, x.dtype);
   if (ctx.rehearsal) return;
-  const bool alone = w.panels && x.rows() <= kMaxDecodeRows;
   if constexpr (kCudaEnabled)
-    if (ctx.device.is_cuda() && !alone) return cuda::linear_add(ctx, x, w, residual, y);
+    if (ctx.device.is_cuda()) return cuda::linear_add(ctx, x, w, residual, y);
   linear(ctx, x, w, y);
   add(ctx, residual, y, y);
 }

@@ -86,10 +86,10 @@ namespace cuda {
 inline constexpr int64_t kTileRows = 16, kTileColumns = 32;
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
-// With `gelu`, y = gelu(x W^T + b).
-void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu = false);
+// With `gelu`, y = gelu(x W^T + b); with a residual, it is added before the sum is rounded.
+void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu = false,
+                 const Tensor& residual = {});
 void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
-// Without panels.
 void linear_add(const Context& ctx, const Tensor& x, const LinearWeight& w, const Tensor& residual, Tensor y);
 void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& matrix, Tensor dx,
                            bool accumulate);

@@ -27,14 +27,19 @@ using CudaLinearRows = CudaLinear;
 
 // One slice of inputs, several, and more than a cluster has blocks; outputs that end inside a panel.
 TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
+  using rows_layer::Form;
   struct Sizes {
     int64_t out, in;
-    bool gelu;
+    Form form;
   };
-  for (const Sizes& sizes : {Sizes{330, 75, false}, {50, 1700, false}, {4200, 768, true}, {33, 7000, false}})
+  for (const Sizes& sizes : {Sizes{330, 75, Form::plain},
+                             {50, 1700, Form::add},
+                             {4200, 768, Form::gelu},
+                             {33, 7000, Form::plain},
+                             {768, 768, Form::add}})
     for (DType dtype : kTypes)
-      rows_layer::expect_rows_alone(ctx_, dtype, sizes.out, sizes.in, sizes.gelu ? dtype : DType::f32,
-                                    sizes.gelu);
+      rows_layer::expect_rows_alone(ctx_, dtype, sizes.out, sizes.in,
+                                    sizes.form == Form::plain ? DType::f32 : dtype, sizes.form);
 }
 
 TEST_F(CudaLinearRows, ANaNStaysInItsRow) {

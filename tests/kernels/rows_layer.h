@@ -15,6 +15,8 @@ using kernels::DType;
 using kernels::Tensor;
 using support::TensorBuffer;
 
+enum class Form { plain, gelu, add };  // y = linear(x), gelu of it, or its sum with a residual
+
 struct RowsLayer {
   TensorBuffer matrix, bias, panels;
   RowsLayer(const Context& ctx, DType dtype, int64_t out, int64_t in)
@@ -29,11 +31,14 @@ struct RowsLayer {
     kernels::pack_panels(ctx, matrix, view);
   }
   kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
-  // Bytes of y = linear(x), or gelu of it.
-  std::vector<char> rows_of(const Context& ctx, const Tensor& x, DType y_type, bool gelu = false) const {
+  // Bytes of y.
+  std::vector<char> rows_of(const Context& ctx, const Tensor& x, DType y_type, Form form = Form::plain,
+                            const Tensor& residual = {}) const {
     TensorBuffer y(y_type, {x.rows(), matrix.tensor().rows()}, ctx.device);
-    if (gelu)
+    if (form == Form::gelu)
       kernels::linear_gelu(ctx, x, weight(), {}, y);
+    else if (form == Form::add)
+      kernels::linear_add(ctx, x, weight(), residual, y);
     else
       kernels::linear(ctx, x, weight(), y);
     return y.bytes();
@@ -42,19 +47,24 @@ struct RowsLayer {
 
 // Rows among any number of neighbours have the bits they have alone.
 inline void expect_rows_alone(const Context& ctx, DType dtype, int64_t out, int64_t in, DType y_type,
-                              bool gelu = false) {
+                              Form form = Form::plain) {
   const RowsLayer layer(ctx, dtype, out, in);
-  TensorBuffer x(dtype, {kernels::kMaxDecodeRows, in}, ctx.device);
+  TensorBuffer x(dtype, {kernels::kMaxDecodeRows, in}, ctx.device),
+      residual(dtype, {kernels::kMaxDecodeRows, out}, ctx.device);
   x.fill_normal(3);
+  residual.fill_normal(4);
+  const auto rows = [&](int64_t first, int64_t n) {
+    return layer.rows_of(ctx, x.tensor().slice(first, n), y_type, form, residual.tensor().slice(first, n));
+  };
   std::vector<char> alone;
   for (int64_t i = 0; i < kernels::kMaxDecodeRows; ++i) {
-    const auto row = layer.rows_of(ctx, x.tensor().slice(i, 1), y_type, gelu);
+    const auto row = rows(i, 1);
     alone.insert(alone.end(), row.begin(), row.end());
   }
   const auto row_bytes = static_cast<int64_t>(alone.size()) / kernels::kMaxDecodeRows;
   for (int64_t n = 1; n <= kernels::kMaxDecodeRows; ++n) {
     const int64_t first = (n * 7) % (kernels::kMaxDecodeRows - n + 1);
-    const auto together = layer.rows_of(ctx, x.tensor().slice(first, n), y_type, gelu);
+    const auto together = rows(first, n);
     EXPECT_TRUE(std::equal(together.begin(), together.end(), alone.begin() + first * row_bytes))
         << n << " rows of (" << out << ", " << in << "), " << name_of(dtype);
   }

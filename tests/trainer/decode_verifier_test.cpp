@@ -187,11 +187,13 @@ TEST(Verifier, GreedyFollowsTheArgmaxThroughATree) {
   const std::vector<int32_t> argmax = {5, 1, 7, 1, 8};  // after root, a, b, c, d
   AcceptedPath accepted;
   Verifier verifier(10);
-  verifier.greedy(tree, argmax.data(), accepted);
+  verifier.greedy(
+      tree, [&](int node) { return argmax[node]; }, accepted);
   EXPECT_EQ(accepted.nodes, (std::vector<int32_t>{0, b, d}));
   EXPECT_EQ(accepted.next, 8);
   const std::vector<int32_t> other = {3, 1, 7, 1, 8};
-  verifier.greedy(tree, other.data(), accepted);
+  verifier.greedy(
+      tree, [&](int node) { return other[node]; }, accepted);
   EXPECT_EQ(accepted.nodes, (std::vector<int32_t>{0}));
   EXPECT_EQ(accepted.next, 3);
 }

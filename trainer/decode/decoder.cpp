@@ -62,6 +62,7 @@ Decoder::Decoder(const Context& ctx, const Model& model, int64_t batch, int64_t 
       state_(model.make_trunk_state(ctx, batch, std::min(capacity + kMaxDecodeRows, position_limit_))),
       rows_(ctx.device, batch),
       verifier_(model.vocabulary()),
+      argmax_(ctx.device, DType::i32, {kMaxDecodeRows}),
       replay_(model.config().train.graph),
       sequences_(batch),
       trees_(batch),
@@ -83,7 +84,6 @@ void Decoder::allocate() {
     hidden_ = memory_.allocate("hidden", compute, {kMaxDecodeRows, model_.width()});
     logits_ = memory_.allocate("logits", DType::f32, {kMaxDecodeRows, model_.vocabulary()});
     p_ = memory_.allocate("probabilities", DType::f32, {kMaxDecodeRows, model_.vocabulary()});
-    argmax_ = memory_.allocate("argmax", DType::i32, {kMaxDecodeRows});
   }
   Context dry = ctx_;
   dry.rehearsal = true;
@@ -97,7 +97,7 @@ void Decoder::allocate() {
   };
   rehearse(batch_, [&] { model_.decode_trunk(dry, rows_.tokens(), rows_.rows(), state_, hidden_); });
   model_.logits(dry, hidden_, logits_);
-  kernels::argmax(dry, logits_, argmax_);
+  kernels::argmax(dry, logits_, argmax_.tensor());
   kernels::probabilities(dry, logits_, 1.0f, p_);
   for (int64_t k = 0; k < model_.config().heads.medusa; ++k) {
     model_.medusa_hidden(dry, k, hidden_, hidden_);
@@ -220,19 +220,14 @@ void Decoder::verify() {
 void Decoder::predict(int64_t rows) {
   const Tensor logits = logits_.slice(0, rows);
   if (settings_.acceptance == Acceptance::greedy)
-    kernels::argmax(ctx_, logits, argmax_.slice(0, rows));
+    kernels::argmax(ctx_, logits, argmax_.tensor().slice(0, rows));
   else
     kernels::probabilities(ctx_, logits, static_cast<float>(settings_.temperature), p_.slice(0, rows));
 }
 
 void Decoder::fetch(int64_t rows) {
-  const bool greedy = settings_.acceptance == Acceptance::greedy;
-  if (greedy)
-    argmax_host_.send(ctx_, argmax_.slice(0, rows));
-  else
-    p_host_.send(ctx_, p_.slice(0, rows));
-  if (settings_.acceptance == Acceptance::typical || (greedy && settings_.no_repeat > 0))
-    logits_host_.send(ctx_, logits_.slice(0, rows));
+  if (settings_.acceptance != Acceptance::greedy) p_host_.send(ctx_, p_.slice(0, rows));
+  if (settings_.acceptance == Acceptance::typical) logits_host_.send(ctx_, logits_.slice(0, rows));
   kernels::synchronize(ctx_.device, ctx_.stream);
 }
 
@@ -243,28 +238,26 @@ void Decoder::commit() {
   replay_(ctx_, {}, [&] { state_.commit(ctx_, rows_.path()); });
 }
 
-const int32_t* Decoder::choices(int64_t b, int64_t row) {
-  if (settings_.no_repeat == 0) return argmax_host_.data<int32_t>() + row;
+int32_t Decoder::choice(int64_t b, int64_t row, int node) {
+  const int32_t largest = argmax_.data<int32_t>()[row + node];
+  if (settings_.no_repeat == 0) return largest;
   const DraftTree& tree = trees_[b];
-  const size_t vocabulary = static_cast<size_t>(model_.vocabulary());
-  const int32_t* argmax = argmax_host_.data<int32_t>() + row;
-  choices_.assign(argmax, argmax + tree.size());
-  for (int node = 0; node < tree.size(); ++node) {
-    text_.assign(sequences_[b].tokens.begin() + sequences_[b].prompt, sequences_[b].tokens.end());
-    for (int i = 1; i <= node; ++i)
-      if (tree.ancestors(node) >> i & 1) text_.push_back(tree.token(i));
-    choices_[node] =
-        without_repeats(text_, {logits_host_.data<float>() + (row + node) * vocabulary, vocabulary},
-                        choices_[node], settings_.no_repeat);
-  }
-  return choices_.data();
+  text_.assign(sequences_[b].tokens.begin() + sequences_[b].prompt, sequences_[b].tokens.end());
+  for (int i = 1; i <= node; ++i)
+    if (tree.ancestors(node) >> i & 1) text_.push_back(tree.token(i));
+  if (!repeats_run(text_, largest, settings_.no_repeat)) return largest;
+  logits_host_.send(ctx_, logits_.slice(row + node, 1));
+  kernels::synchronize(ctx_.device, ctx_.stream);
+  return without_repeats(text_, {logits_host_.data<float>(), static_cast<size_t>(model_.vocabulary())},
+                         largest, settings_.no_repeat);
 }
 
 void Decoder::choose(int64_t b, int64_t row) {
   AcceptedPath& accepted = sequences_[b].accepted;
   const int64_t offset = row * model_.vocabulary();
   if (settings_.acceptance == Acceptance::greedy)
-    verifier_.greedy(trees_[b], choices(b, row), accepted);
+    verifier_.greedy(
+        trees_[b], [&](int node) { return choice(b, row, node); }, accepted);
   else if (settings_.acceptance == Acceptance::rejection)
     verifier_.rejection(trees_[b], p_host_.data<float>() + offset, {settings_.seed, static_cast<uint64_t>(b)},
                         committed(b), accepted);

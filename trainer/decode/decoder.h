@@ -90,11 +90,12 @@ class Decoder {
   void verify();
   // The target's predictions after the first `rows` rows of logits_.
   void predict(int64_t rows);
-  // Waits until the host can read them.
+  // Waits until the host can read them: with the greedy rule the tokens of the largest logits.
   void fetch(int64_t rows);
   void commit();
-  // Greedy: what the target writes after each node of a sequence's tree, whose predictions start at `row`.
-  const int32_t* choices(int64_t b, int64_t row);
+  // Greedy: what the target writes after a node of a sequence's tree, whose predictions start at `row`. The
+  // node's other logits are fetched only where the guard against loops refuses the largest.
+  int32_t choice(int64_t b, int64_t row, int node);
   // The accepted path of a sequence whose predictions start at `row`.
   void choose(int64_t b, int64_t row);
   // Appends the accepted path and the token after it, cut at the end of the text.
@@ -112,9 +113,10 @@ class Decoder {
   DecodeState state_;
   StepRows rows_;
   Verifier verifier_;
-  Tensor hidden_, logits_, p_, argmax_;  // (64, C), (64, V), (64, V), (64)
-  HostCopy logits_host_, p_host_, argmax_host_;
-  std::vector<int32_t> choices_, text_;
+  Tensor hidden_, logits_, p_;  // (64, C), (64, V), (64, V)
+  SharedResult argmax_;         // (64)
+  HostCopy logits_host_, p_host_;
+  std::vector<int32_t> text_;
   Replay replay_;
 
   DecodeSettings settings_;

@@ -51,6 +51,10 @@ int64_t Replay::recorded() const {
                        [](const auto& entry) { return entry.second.graph.ready(); });
 }
 
+SharedResult::SharedResult(kernels::Device device, kernels::DType dtype, kernels::Shape shape)
+    : memory_(device, static_cast<size_t>(shape.numel()) * size_of(dtype)),
+      tensor_(memory_.data(), dtype, shape, device) {}
+
 void HostCopy::send(const kernels::Context& ctx, const kernels::Tensor& t) {
   data_ = t.data;
   if (!ctx.device.is_cuda()) return;

@@ -50,6 +50,22 @@ class HostCopy {
   const void* data_ = nullptr;
 };
 
+// Small results that the host reads after every step: on a GPU in page-locked memory, which kernels write
+// over the bus, so that no copy follows them; valid once the stream has been waited for.
+class SharedResult {
+ public:
+  SharedResult(kernels::Device device, kernels::DType dtype, kernels::Shape shape);
+  const kernels::Tensor& tensor() const { return tensor_; }
+  template <typename T>
+  const T* data() const {
+    return static_cast<const T*>(tensor_.data);
+  }
+
+ private:
+  kernels::PinnedBuffer memory_;
+  kernels::Tensor tensor_;
+};
+
 // Copies dense memory on the device, in the stream's order.
 inline void copy_on_device(const kernels::Context& ctx, const kernels::Tensor& from,
                            const kernels::Tensor& to) {

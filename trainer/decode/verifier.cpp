@@ -44,15 +44,15 @@ int32_t draw_index(const float* weights, int64_t count, float u) {
 Verifier::Verifier(int64_t vocabulary)
     : vocabulary_(vocabulary), p_(vocabulary), q_(vocabulary), score_(kernels::kMaxDecodeRows) {}
 
-void Verifier::greedy(const DraftTree& tree, const int32_t* argmax, AcceptedPath& accepted) const {
+void Verifier::greedy(const DraftTree& tree, const std::function<int32_t(int)>& choice,
+                      AcceptedPath& accepted) const {
   accepted.nodes.assign(1, 0);
-  int node = 0;
+  accepted.next = choice(0);
   for (int child = 1; child < tree.size(); ++child) {
-    if (tree.parent(child) != node || tree.token(child) != argmax[node]) continue;
-    node = child;
-    accepted.nodes.push_back(node);
+    if (tree.parent(child) != accepted.nodes.back() || tree.token(child) != accepted.next) continue;
+    accepted.nodes.push_back(child);
+    accepted.next = choice(child);
   }
-  accepted.next = argmax[node];
 }
 
 // p becomes what is left of the target after `token` was rejected. False when rounding alone rejected it: p

@@ -15,6 +15,7 @@
 // Random numbers are keyed by (seed, position of the token decided), never by the order of calls: a position
 // is decided once, whichever step decides it.
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -51,8 +52,8 @@ class Verifier {
  public:
   explicit Verifier(int64_t vocabulary);
 
-  // argmax (nodes): the target's choice after each node.
-  void greedy(const DraftTree& tree, const int32_t* argmax, AcceptedPath& accepted) const;
+  // choice(node): what the target writes after a node; asked for the nodes of the accepted path alone.
+  void greedy(const DraftTree& tree, const std::function<int32_t(int)>& choice, AcceptedPath& accepted) const;
   // p (nodes, V): the target's distribution after each node. `position` is that of the root.
   void rejection(const DraftTree& tree, const float* p, const SamplingKey& key, int64_t position,
                  AcceptedPath& accepted);

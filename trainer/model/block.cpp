@@ -102,10 +102,10 @@ void Block::forward(const Context& ctx, const Tensor& x, const RowPlan& plan, At
   mlp_.forward(ctx, saved.mlp_in, saved.middle, y, saved.mlp, alone);
 }
 
-// A GPU's matrix product adds the residual while it waits for nothing; everywhere else the norm does.
+// A GPU's matrix product adds the residual; on the CPU the norm does.
 void Block::add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const {
-  if (ctx.device.is_cuda() && !alone) {
-    output_.forward_add(ctx, saved.attention_out, x, saved.middle);
+  if (ctx.device.is_cuda()) {
+    output_.forward_add(ctx, saved.attention_out, x, saved.middle, alone);
     return mlp_norm_.forward(ctx, saved.middle, saved.mlp_in, saved.mlp_statistics);
   }
   const kernels::ArenaScope scope(*ctx.scratch);

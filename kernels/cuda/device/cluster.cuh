@@ -44,16 +44,17 @@ __device__ __forceinline__ const T* cluster_shared(const T* mine, uint32_t rank)
 #endif
 }
 
-// Until everything ahead in the stream has ended and its results can be read. A kernel launched as
-// `dependent` calls this before it touches anything another kernel of the stream reads or writes.
+// Until everything ahead in the stream has ended and its results can be read. Every block of a kernel
+// launched as `dependent` calls this, before it touches anything that another kernel of the stream reads or
+// writes. Parameters alone may be read before: kernels that write them are not followed early.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets a dependent kernel start; called after wait_for_previous(), so that what ran before the previous
-// kernel is certain to have ended when the next one starts.
+// Lets the kernel behind this one start once every block has called this. It may be called first of all: the
+// next kernel waits until this one has ended, which has waited itself.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -6,8 +6,9 @@
 #include <bit>
 
 #include "kernels/core/tensor.h"
-#include "kernels/cuda/check.h"
+#include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/element.cuh"
+#include "kernels/cuda/launch.h"
 
 namespace kernels::cuda {
 
@@ -71,6 +72,8 @@ __global__ void __launch_bounds__(kMapThreads) map_kernel(const MapArguments<Op,
   const unsigned strip = blockIdx.x % a.strips;
   const int64_t row = int64_t{blockIdx.x / a.strips} * (kMapThreads / a.across) + in_block;
   const int64_t first = (int64_t{strip} * kVectors * a.across + lane) * N;
+  let_next_start();
+  wait_for_previous();
   if (row >= a.rows) return;
   Vector<X, N> x[kVectors][std::max(Op::kInputs, 1)];
 #pragma unroll
@@ -122,11 +125,8 @@ void map_rows(const Context& ctx, const char* name, const std::array<Tensor, Op:
   const int64_t rows_per_block = kMapThreads / a.across,
                 row_blocks = (a.rows + rows_per_block - 1) / rows_per_block;
   const auto blocks = static_cast<unsigned>(row_blocks * a.strips);
-  if (wide)
-    map_kernel<Op, X, Y, kWide><<<blocks, kMapThreads, 0, stream_of(ctx)>>>(a, op);
-  else
-    map_kernel<Op, X, Y, 1><<<blocks, kMapThreads, 0, stream_of(ctx)>>>(a, op);
-  check_launch(name);
+  launch(ctx, name, {.grid = blocks, .block = kMapThreads, .dependent = starts_early(blocks)},
+         wide ? map_kernel<Op, X, Y, kWide> : map_kernel<Op, X, Y, 1>, a, op);
 }
 
 }  // namespace kernels::cuda

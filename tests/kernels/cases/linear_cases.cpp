@@ -161,6 +161,7 @@ std::vector<OpCase> linear_cases() {
       add_case("add", {.rows = 40, .in = 64, .out = 96}, true, false),
       add_case("add_odd", {.rows = 9, .in = 21, .out = 37, .padding = 3}, false, false),
       add_case("rows_add", {.rows = 5, .in = 40, .out = 70}, true, true),
+      add_case("rows_add_long", {.rows = 19, .in = 1600, .out = 37, .padding = 3}, false, true),
   };
 }
 

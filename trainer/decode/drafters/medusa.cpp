@@ -43,6 +43,7 @@ MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const Draft
       heads_(std::min(model.config().heads.medusa, kernels::kMaxDecodeRows / params.batch)),
       own_vocabulary_(model.config().heads.medusa_vocabulary == "own"),
       memory_("drafter", ctx.device),
+      top_(ctx.device, DType::i32, {heads_ * batch_ * std::min(kTreeRanks, model.vocabulary())}),
       replay_(model.config().train.graph) {
   max_drafts_ = kind == Kind::chain ? std::min(params.max_drafts, heads_) : params.tree_nodes;
   drafts_ = max_drafts_;
@@ -61,7 +62,6 @@ void MedusaDrafter::allocate(const Context& ctx) {
     hidden_ = memory_.allocate("head hidden", model_.parameters().compute(), {rows, model_.width()});
     logits_ = memory_.allocate("head logits", DType::f32, {rows, model_.vocabulary()});
     q_ = memory_.allocate("head probabilities", DType::f32, {rows, model_.vocabulary()});
-    top_ = memory_.allocate("head candidates", DType::i32, {rows * ranks});
   }
   candidates_.resize(rows * ranks);
   left_.resize(model_.vocabulary());
@@ -105,7 +105,7 @@ void MedusaDrafter::head_logits(const Context& ctx, int64_t levels) {
 
 void MedusaDrafter::rank_candidates(const Context& ctx, int64_t levels) {
   const int64_t rows = levels * batch_;
-  const Tensor flat = top_.slice(0, rows * width_);
+  const Tensor flat = top_.tensor().slice(0, rows * width_);
   replay_(ctx, {levels, width_, 0, 0}, [&] {
     head_logits(ctx, levels);
     const Tensor logits = logits_.slice(0, rows);
@@ -114,9 +114,8 @@ void MedusaDrafter::rank_candidates(const Context& ctx, int64_t levels) {
     else
       kernels::top_k(ctx, logits, flat.view({rows, width_}));
   });
-  top_host_.send(ctx, flat);
   kernels::synchronize(ctx.device, ctx.stream);
-  std::copy_n(top_host_.data<int32_t>(), rows * width_, candidates_.begin());
+  std::copy_n(top_.data<int32_t>(), rows * width_, candidates_.begin());
 }
 
 // Candidates of a level are drawn without replacement: rank r from q without the ranks before it.

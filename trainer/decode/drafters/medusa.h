@@ -41,10 +41,10 @@ class MedusaDrafter : public Drafter {
   Tensor last_hidden_;               // (B, C): the trunk's, at the last accepted token
   Tensor hidden_;                    // (heads * B, C), head by head
   Tensor logits_, q_;                // (heads * B, V)
-  Tensor top_;                       // (heads * B, width)
+  SharedResult top_;                 // (heads * B, width)
   std::vector<int32_t> candidates_;  // (heads, B, width); -1: no such candidate
   std::vector<float> left_;
-  HostCopy q_host_, top_host_;
+  HostCopy q_host_;
   Replay replay_;
   std::vector<int> nodes_;  // tree node of each draft of the shape, -1 where it was left out
 };

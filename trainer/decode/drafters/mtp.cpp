@@ -17,6 +17,7 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
       drafts_(params.max_drafts),
       memory_("drafter", ctx.device),
       rows_(ctx.device, 1),
+      argmax_(ctx.device, DType::i32, {1}),
       replay_(model.config().train.graph) {
   const DType compute = model.parameters().compute();
   const int64_t width = model.width(), waiting = 2 * kMaxDecodeRows;
@@ -34,7 +35,6 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
     hidden_ = memory_.allocate("mtp hidden", compute, {kMaxDecodeRows, width});
     logits_ = memory_.allocate("mtp logits", DType::f32, {1, model.vocabulary()});
     q_ = memory_.allocate("mtp probabilities", DType::f32, {params.batch * max_drafts_, model.vocabulary()});
-    argmax_ = memory_.allocate("mtp argmax", DType::i32, {1});
   }
   q_host_.resize(params.batch * max_drafts_);
   text_.reserve(params.capacity + max_drafts_);
@@ -148,14 +148,11 @@ int32_t MtpDrafter::draft_token(const Context& ctx, const Sequence& sequence, co
     if (settings.sample)
       kernels::probabilities(ctx, logits_, temperature, p);
     else
-      kernels::argmax(ctx, logits_, argmax_);
+      kernels::argmax(ctx, logits_, argmax_.tensor());
   });
-  if (settings.sample)
-    q_host_[row].send(ctx, p);
-  else
-    argmax_host_.send(ctx, argmax_);
+  if (settings.sample) q_host_[row].send(ctx, p);
   kernels::synchronize(ctx.device, ctx.stream);
-  if (!settings.sample) return *argmax_host_.data<int32_t>();
+  if (!settings.sample) return *argmax_.data<int32_t>();
   q = q_host_[row].data<float>();
   return draw_index(q, model_.vocabulary(), view.key.draft(view.root_position() + draft, 0));
 }

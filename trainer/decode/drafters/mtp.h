@@ -52,12 +52,11 @@ class MtpDrafter : public Drafter {
   kernels::Arena memory_;
   std::vector<Sequence> sequences_;
   StepRows rows_;
-  Tensor hidden_;              // (64, C): outputs of the latest run
-  Tensor logits_;              // (1, V)
-  Tensor q_;                   // (B * max_drafts, V)
-  Tensor argmax_;              // (1)
-  std::vector<int32_t> text_;  // accepted tokens and drafts
-  HostCopy argmax_host_;
+  Tensor hidden_;                 // (64, C): outputs of the latest run
+  Tensor logits_;                 // (1, V)
+  Tensor q_;                      // (B * max_drafts, V)
+  SharedResult argmax_;           // (1)
+  std::vector<int32_t> text_;     // accepted tokens and drafts
   std::vector<HostCopy> q_host_;  // (B * max_drafts)
   Replay replay_;
 };
