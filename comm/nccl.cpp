@@ -114,8 +114,7 @@ NcclGroup::NcclGroup(Communicator& world, kernels::Device device, kernels::Strea
 }
 
 NcclGroup::~NcclGroup() {
-  if (!nccl_ || watchdog_.failed()) return;  // the watchdog has aborted it
-  watchdog_.expect_return("the ranks did not end their exchanges");
+  if (!nccl_ || !watchdog_.expect_return("the ranks did not end their exchanges")) return;
   kernels::use_device(device_);
   if (std::uncaught_exceptions() > exceptions_)
     ncclCommAbort(nccl_);

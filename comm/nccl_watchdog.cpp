@@ -35,11 +35,13 @@ NcclWatchdog::~NcclWatchdog() {
   thread_.join();
 }
 
-void NcclWatchdog::expect_return(std::string problem) {
+bool NcclWatchdog::expect_return(std::string problem) {
   const std::lock_guard lock(mutex_);
+  if (failed_) return false;
   communicator_ = nullptr;
   expected_ = std::move(problem);
   since_ = Clock::now();
+  return true;
 }
 
 void NcclWatchdog::guard(ncclComm* communicator) {

@@ -25,12 +25,12 @@ class NcclWatchdog {
   NcclWatchdog& operator=(const NcclWatchdog&) = delete;
 
   // Until the next of these two calls: the host is inside a call of NCCL that has to return within the
-  // deadline, or else `problem`; or the communicator is at work.
-  void expect_return(std::string problem);
+  // deadline, or else `problem`; or the communicator is at work. False when something went wrong before: then
+  // the communicator is aborted, and nobody else may end it.
+  bool expect_return(std::string problem);
   void guard(ncclComm* communicator);
   // What `stream` holds now has to be done within the deadline.
   void watch(kernels::Stream stream);
-  bool failed() const { return failed_; }
   // CommTimeout with what went wrong, if anything did.
   void check();
 

@@ -4,8 +4,8 @@
 
 #include <bit>
 
-#include "kernels/core/arena.h"
 #include "kernels/core/stream.h"
+#include "tests/support/rehearsed.h"
 
 namespace decoding {
 
@@ -159,17 +159,13 @@ std::vector<std::vector<Row>> Decoder::run(const std::vector<Tree>& trees, const
   kernels::copy_bytes(masks.tensor().data, device_, masks_.data(), {}, masks.tensor().bytes());
   const kernels::DecodeRows rows{first_row, lengths, position, masks};
   if (kind_ == Kind::softmax) {
-    kernels::Arena scratch("scratch", device_);
-    kernels::Context context = ctx();
-    const auto decode = [&] { kernels::softmax_attention_decode(context, q, k, v, rows, k_, v_, o); };
-    if (working_memory) {
-      context.scratch = &scratch;
-      context.rehearsal = true;
-      decode();
-      scratch.place();
-      context.rehearsal = false;
-    }
-    decode();
+    const auto decode = [&](const kernels::Context& context) {
+      kernels::softmax_attention_decode(context, q, k, v, rows, k_, v_, o);
+    };
+    if (working_memory)
+      support::run_rehearsed(device_, {}, decode);
+    else
+      decode(ctx());
   } else {
     kernels::LinearAttentionState state{sum_, z_, k_, v_};
     kernels::linear_attention_decode(ctx(), {.normalise = kind_ == Kind::linear}, q, k, v, rows, state, o);
@@ -344,14 +340,11 @@ void expect_recorded_equals_eager(
                 .positions = support::buffer_of(DType::i32, {1}, {0}, device),
                 .masks = support::buffer_of(DType::i64, {1}, {1}, device)};
   const kernels::OwnedStream stream(device);
-  kernels::Arena scratch("scratch", device);
-  kernels::Context ctx{.device = device, .stream = stream.get(), .scratch = &scratch, .rehearsal = true};
-  step(ctx, t);
-  scratch.place();
-  ctx.rehearsal = false;
+  const auto on_tensors = [&](const kernels::Context& ctx) { step(ctx, t); };
+  const support::Rehearsed rehearsed(device, stream.get(), on_tensors);
   kernels::Graph graph;
   kernels::Graph::begin(stream.get());
-  step(ctx, t);
+  on_tensors(rehearsed.ctx);
   graph.end(stream.get());
   for (Token token = 0; token < count; ++token) {
     t.q.set(values_of(token, 0, t.q.tensor().numel()));

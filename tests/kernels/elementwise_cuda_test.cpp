@@ -13,6 +13,7 @@
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/norm.h"
 #include "kernels/ops/rotary.h"
+#include "tests/support/rehearsed.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -38,13 +39,7 @@ class CudaElementwise : public testing::Test {
   kernels::Stream stream() const { return stream_->get(); }
   // Rehearses a call, then makes it.
   void run(const std::function<void(const Context&)>& call) const {
-    kernels::Arena scratch("scratch", kGpu);
-    Context ctx{.device = kGpu, .stream = stream(), .scratch = &scratch, .rehearsal = true};
-    call(ctx);
-    scratch.place();
-    ctx.rehearsal = false;
-    call(ctx);
-    kernels::synchronize(kGpu, stream());
+    support::run_rehearsed(kGpu, stream(), call);
   }
   double loss_of(TensorBuffer& logits, int target, std::optional<double> seed) const {
     const auto targets = buffer_of(DType::i32, {1}, {static_cast<double>(target)}),
@@ -102,14 +97,12 @@ TEST_F(CudaElementwise, SumsOverRowsAreTheSameBitsEveryTime) {
   for (auto* r : results) expected.push_back(r->bytes());
   EXPECT_FALSE(std::isnan(loss.values()[0]));
 
-  kernels::Arena scratch("scratch", kGpu);
-  all({.device = kGpu, .stream = stream(), .scratch = &scratch, .rehearsal = true});
-  scratch.place();
+  const support::Rehearsed rehearsed(kGpu, stream(), all);
   const int64_t taken = kernels::device_counters().allocations,
                 waited = kernels::device_counters().synchronizations;
   kernels::Graph graph;
   kernels::Graph::begin(stream());
-  all({.device = kGpu, .stream = stream(), .scratch = &scratch, .rehearsal = false});
+  all(rehearsed.ctx);
   graph.end(stream());
   EXPECT_EQ(kernels::device_counters().allocations, taken);
   EXPECT_EQ(kernels::device_counters().synchronizations, waited);

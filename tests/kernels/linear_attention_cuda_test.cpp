@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "tests/kernels/attention_decoder.h"
+#include "tests/support/rehearsed.h"
 
 namespace {
 
@@ -89,18 +90,12 @@ Gradients gradients(DType type, kernels::Device device, bool normalise, kernels:
   }
   dout.set(dout_values);
   boundaries.set(std::vector<double>{0, static_cast<double>(shape[0])});
-  kernels::Arena scratch("scratch", device);
-  kernels::Context ctx{.device = device, .stream = {}, .scratch = &scratch, .rehearsal = true};
-  const auto run = [&] {
+  support::run_rehearsed(device, {}, [&](const kernels::Context& ctx) {
     const kernels::LinearAttentionParams params{.normalise = normalise};
     kernels::linear_attention(ctx, params, x[0], x[1], x[2], boundaries, o, denominator);
     kernels::linear_attention_backward(ctx, params, dout, x[0], x[1], x[2], o, denominator, boundaries, d[0],
                                        d[1], d[2]);
-  };
-  run();
-  scratch.place();
-  ctx.rehearsal = false;
-  run();
+  });
   return {d[0].values(), d[1].values(), d[2].values()};
 }
 
@@ -147,15 +142,9 @@ TEST(CudaLinearAttention, NotANumberReachesEveryRowThatSeesIt) {
     }
     x[poisoned].set(20 * 64 + 3, std::nan(""));
     boundaries.set(std::vector<double>{0, 80, 90});
-    kernels::Arena scratch("scratch", kCuda);
-    kernels::Context ctx{.device = kCuda, .stream = {}, .scratch = &scratch, .rehearsal = true};
-    const auto run = [&] {
+    support::run_rehearsed(kCuda, {}, [&](const kernels::Context& ctx) {
       kernels::linear_attention(ctx, {}, x[0], x[1], x[2], boundaries, o, denominator);
-    };
-    run();
-    scratch.place();
-    ctx.rehearsal = false;
-    run();
+    });
     const auto y = o.values();
     for (size_t i = 0; i < 90; ++i) {
       const bool sees = poisoned == 0 ? i == 20 : i >= 20 && i < 80;

@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+#include "tests/support/rehearsed.h"
+
 namespace support {
 
 using kernels::DType;
@@ -94,13 +96,10 @@ std::vector<double> OpRun::initial_gradient(const OpCase& op, size_t input) {
 
 void OpRun::run(const std::function<void(const kernels::Context&, const OpTensors&)>& call,
                 const std::function<void()>& prepare) {
-  kernels::Arena scratch("scratch", device_);
-  kernels::Context ctx{.device = device_, .stream = {}, .scratch = &scratch, .rehearsal = true};
-  call(ctx, tensors_);
-  scratch.place();
+  const auto on_tensors = [&](const kernels::Context& ctx) { call(ctx, tensors_); };
+  const Rehearsed rehearsed(device_, {}, on_tensors);
   prepare();
-  ctx.rehearsal = false;
-  call(ctx, tensors_);
+  on_tensors(rehearsed.ctx);
 }
 
 void OpRun::forward() {
