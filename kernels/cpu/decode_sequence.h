@@ -23,15 +23,13 @@ struct DecodeTask {
   const Tensor &q, &k, &v, &o;
   DecodeSequence sequence;
   int64_t key_head;
-  int64_t group() const { return q.dim(1) / k.dim(1); }
-  int64_t queries() const { return sequence.rows * group(); }
+  int64_t group = q.dim(1) / k.dim(1);
+  int64_t queries() const { return sequence.rows * group; }
   // x is q or o.
   HeadView of_query(const Tensor& x, int64_t query) const {
-    return head_view(x, sequence.first_row + query / group(), key_head * group() + query % group());
+    return head_view(x, sequence.first_row + query / group, key_head * group + query % group);
   }
-  uint64_t ancestors(int64_t query) const {
-    return static_cast<uint64_t>(sequence.ancestors[query / group()]);
-  }
+  uint64_t ancestors(int64_t query) const { return static_cast<uint64_t>(sequence.ancestors[query / group]); }
 };
 
 inline DecodeSequence decode_sequence(const DecodeRows& rows, int64_t index, bool since_fold) {
