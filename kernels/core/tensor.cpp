@@ -24,6 +24,12 @@ std::string to_string(const Shape& shape) {
 
 std::string to_string(const Tensor& t) { return fmt::format("{} {}", name_of(t.dtype), to_string(t.shape)); }
 
+bool rows_aligned(const Tensor& t, size_t bytes) {
+  const bool one_row = t.rows() <= 1 || (t.shape.rank() == 1 && t.dense());
+  return reinterpret_cast<uintptr_t>(t.data) % bytes == 0 &&
+         (one_row || static_cast<size_t>(t.row_stride) * size_of(t.dtype) % bytes == 0);
+}
+
 Tensor::Tensor(void* data, DType dtype, Shape shape, Device device)
     : data(data), dtype(dtype), device(device), shape(shape) {
   row_stride = cols();

@@ -68,6 +68,9 @@ struct Tensor {
 };
 std::string to_string(const Tensor& t);  // "fp16 (32, 256)"
 
+// Whether every row begins at a multiple of `bytes`. A dense tensor of rank one counts as one row.
+bool rows_aligned(const Tensor& t, size_t bytes);
+
 // Argument checks of operations: "<operation>: <argument> is fp16 (3, 4), expected fp16 (3, 5)".
 void check_shape(const char* operation, const char* argument, const Tensor& given, const Shape& expected);
 void check_dtype(const char* operation, const char* argument, const Tensor& given, DType expected);

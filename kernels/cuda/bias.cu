@@ -1,9 +1,10 @@
 #include <algorithm>
 
 #include "kernels/cuda/bias.h"
-#include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/device/element.cuh"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/shares.h"
 
 namespace kernels::cuda {
 
@@ -17,45 +18,56 @@ __global__ void copy_kernel(const T* bias, Y* y, int64_t stride, int64_t rows, i
   for (int64_t i = blockIdx.y; i < rows; i += gridDim.y) y[i * stride + column] = value;
 }
 
-constexpr int kWarps = 16, kCluster = 8;
+constexpr int kWarps = 8;
 
-// A cluster sums kLaneColumns * 32 columns: its warps take rows in turn, then the warps of a block are added
-// up, then the blocks. A thread loads kAhead rows before it uses the first: few columns make few blocks, each
-// of which must keep more on its way.
-template <typename T, int kLaneColumns, int kAhead>
+// A block sums 32 N columns over every gridDim.y * kWarps-th row: its warps take rows in turn, then their
+// sums are added. out[0 .. columns) of the block's own row of shares is written, or, with one block for all
+// rows, added to.
+template <typename T, int N>
 __global__ void __launch_bounds__(kWarps * 32)
-    sums_kernel(const T* dy, int64_t stride, int64_t rows, int columns, float* sums) {
-  constexpr int kColumns = 32 * kLaneColumns;
-  __shared__ float partial[kWarps][kColumns], total[kColumns];
+    sums_kernel(const T* dy, int64_t stride, int64_t rows, int columns, float* out) {
+  constexpr int kColumns = 32 * N;
+  __shared__ float partial[kWarps][kColumns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t blocks = cluster_size(), rank = cluster_rank();
-  const int first = blockIdx.x / blocks * kColumns;
-  const int column = first + lane * kLaneColumns;
-  float sum[kLaneColumns] = {};
+  const int first = blockIdx.x * kColumns, column = first + lane * N;
+  float sum[N] = {};
   if (column < columns) {
-#pragma unroll kAhead
-    for (int64_t i = rank * kWarps + warp; i < rows; i += blocks * kWarps) {
-      const auto row = load_vector<T, kLaneColumns>(dy + i * stride + column);
+#pragma unroll 8
+    for (int64_t i = int64_t{blockIdx.y} * kWarps + warp; i < rows; i += int64_t{gridDim.y} * kWarps) {
+      const auto row = load_vector<T, N>(dy + i * stride + column);
 #pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) sum[j] += to_float(row.at[j]);
+      for (int j = 0; j < N; ++j) sum[j] += to_float(row.at[j]);
     }
   }
 #pragma unroll
-  for (int j = 0; j < kLaneColumns; ++j) partial[warp][lane * kLaneColumns + j] = sum[j];
+  for (int j = 0; j < N; ++j) partial[warp][lane * N + j] = sum[j];
   __syncthreads();
   const int mine = threadIdx.x;
-  if (mine < kColumns) {
-    float of_block = 0;
-    for (int w = 0; w < kWarps; ++w) of_block += partial[w][mine];
-    total[mine] = of_block;
-  }
-  cluster_sync();
-  if (rank == 0 && mine < kColumns && first + mine < columns) {
-    float of_cluster = 0;
-    for (uint32_t r = 0; r < blocks; ++r) of_cluster += cluster_shared(total, r)[mine];
-    sums[first + mine] += of_cluster;
-  }
-  cluster_sync();  // no block leaves while its sums are read
+  if (mine >= kColumns || first + mine >= columns) return;
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += partial[w][mine];
+  float* to = out + int64_t{blockIdx.y} * columns + first + mine;
+  *to = gridDim.y == 1 ? *to + total : total;
+}
+
+template <typename T, int N>
+void sum_columns(const Context& ctx, const Tensor& dy, Tensor sums) {
+  constexpr int kRowsOfABlock = kWarps * 8;  // fewer do not pay a block
+  const auto groups = static_cast<int64_t>((dy.cols() + 32 * N - 1) / (32 * N));
+  const int64_t wanted = 4 * int64_t{multiprocessors()} / groups;
+  const int64_t blocks = std::max<int64_t>(
+      1, std::min({wanted, (dy.rows() + kRowsOfABlock - 1) / kRowsOfABlock, kColumnSums / dy.cols()}));
+  float* shares = column_sums_memory(ctx);
+  const auto columns = static_cast<int>(dy.cols());
+  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(blocks));
+  sums_kernel<T, N><<<grid, kWarps * 32, 0, stream_of(ctx)>>>(static_cast<const T*>(dy.data), dy.row_stride,
+                                                              dy.rows(), columns,
+                                                              blocks == 1 ? sums.as<float>() : shares);
+  check_launch("linear_backward_weight");
+  if (blocks > 1)
+    add_shares(ctx, "linear_backward_weight", {.shares = {shares}, .sums = {sums.as<float>()}}, 1, blocks,
+               columns);
 }
 
 }  // namespace
@@ -77,18 +89,11 @@ void copy_to_rows(const Context& ctx, const Tensor& bias, Tensor y) {
 void add_column_sums(const Context& ctx, const Tensor& dy, Tensor sums) {
   visit_device_dtype(dy.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const auto* data = static_cast<const T*>(dy.data);
-    const bool vectors = dy.row_stride % 4 == 0 && dy.cols() % 4 == 0 &&
-                         reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
-    const unsigned cluster = has_clusters() ? kCluster : 1;
-    const auto run = [&](auto kernel, unsigned columns) {
-      const unsigned groups = (static_cast<unsigned>(dy.cols()) + columns - 1) / columns;
-      launch(ctx, "linear_backward_weight",
-             {.grid = dim3(groups * cluster), .block = dim3(kWarps * 32), .cluster = cluster}, kernel, data,
-             dy.row_stride, dy.rows(), static_cast<int>(dy.cols()), sums.as<float>());
-    };
-    if (!vectors) return run(sums_kernel<T, 1, 8>, 32);
-    dy.cols() <= 1024 ? run(sums_kernel<T, 2, 16>, 64) : run(sums_kernel<T, 4, 8>, 128);
+    constexpr int kWide = kVectorElements<T>;
+    if (rows_aligned(dy, 16) && dy.cols() % kWide == 0)
+      sum_columns<T, kWide>(ctx, dy, sums);
+    else
+      sum_columns<T, 1>(ctx, dy, sums);
   });
 }
 

@@ -37,8 +37,8 @@ struct Product {
 bool multiply(const Context& ctx, const Product& product);
 // What the product took when its kernel was chosen; nothing where nothing was measured.
 std::optional<float> measured_milliseconds(const Context& ctx, const Product& product);
-// fp32 memory of a device for column_sums, which the next product may overwrite.
-inline constexpr int64_t kColumnSums = 65536;
+// fp32 memory of a device for sums of columns, which the next product or sum may overwrite.
+inline constexpr int64_t kColumnSums = int64_t{1} << 18;
 float* column_sums_memory(const Context& ctx);
 
 }  // namespace kernels::cuda

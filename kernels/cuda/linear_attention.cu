@@ -23,12 +23,12 @@ struct Cleared {
 // Zeroes the rows that belong to no sequence; blockIdx.y: the tensor.
 __global__ void clear_outside(const int32_t* cu_seqlens, int sequences, int rows,
                               const __grid_constant__ Cleared x) {
-  const int first = cu_seqlens[0], last = cu_seqlens[sequences];
-  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    if (row >= first && row < last) continue;
+  const int first = cu_seqlens[0], inside = cu_seqlens[sequences] - first;
+  for (int i = blockIdx.x; i < rows - inside; i += gridDim.x) {
+    const int64_t row = i < first ? i : i + inside;
     auto* at =
         reinterpret_cast<uint16_t*>(static_cast<char*>(x.data[blockIdx.y]) + row * x.stride[blockIdx.y]);
-    for (int i = threadIdx.x; i < x.bytes[blockIdx.y] / 2; i += blockDim.x) at[i] = 0;
+    for (int j = threadIdx.x; j < x.bytes[blockIdx.y] / 2; j += blockDim.x) at[j] = 0;
   }
 }
 
@@ -61,40 +61,58 @@ __global__ void output_dots(SweepTask t, Rows o, float* dd) {
   if (threadIdx.x % 32 == 0) dd[task] = -sum / t.denominator[row * t.denominator_stride + head];
 }
 
-// What the sweeps on the matrix units need of each row of do (device/linear_tiles.cuh), a warp per row and
-// head. do of the main type becomes g in the compute type, each row at a power of two of its own.
+template <typename Op>
+__device__ __forceinline__ float lanes_reduce(float x, int lanes, Op op = {}) {
+#pragma unroll
+  for (int offset = lanes / 2; offset > 0; offset /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// What the sweeps on the matrix units need of each row of do (device/linear_tiles.cuh), eight elements of a
+// row and head in a lane. do of the main type becomes g in the compute type, each row at a power of two of
+// its own.
 template <class T, class G, int kWidth>
 __global__ void output_factors(SweepTask t, Rows o, T* g, float4* factors) {
-  constexpr int kEach = kWidth / 32;
-  const int64_t task = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
-  if (task >= int64_t{t.rows} * t.heads) return;
-  const int64_t row = task / t.heads, head = task % t.heads, at = head * kWidth + threadIdx.x % 32 * kEach;
-  const auto dout = load_vector<G, kEach>(static_cast<const G*>(t.dout.data) + row * t.dout.stride + at);
+  constexpr int kEach = 8, kLanes = kWidth / kEach;
+  const int64_t task = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kLanes;
+  const bool live = task < int64_t{t.rows} * t.heads;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t row = live ? task / t.heads : 0, head = live ? task % t.heads : 0;
+  const int64_t at = head * kWidth + lane * kEach;
+  Vector<G> dout[kEach / kVectorElements<G>];
+#pragma unroll
+  for (int i = 0; i < kEach / kVectorElements<G>; ++i)
+    dout[i] =
+        load_vector(static_cast<const G*>(t.dout.data) + row * t.dout.stride + at + i * kVectorElements<G>);
+  Vector<T, kEach> out{};
+  if (t.denominator) out = load_vector<T, kEach>(static_cast<const T*>(o.data) + row * o.stride + at);
   float x[kEach], peak = 0, dot = 0;
+#pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    x[i] = to_float(dout.at[i]);
+    x[i] = to_float(dout[i / kVectorElements<G>].at[i % kVectorElements<G>]);
     peak = fmaxf(peak, fabsf(x[i]));
   }
-  peak = warp_reduce<Max>(peak);
+  peak = lanes_reduce<Max>(peak, kLanes);
   float unit = 1;
   if constexpr (!std::is_same_v<T, G>) {
     if (peak > 0) unit = power_of_two(min(max(exponent(peak), -40), 40));
     Vector<T, kEach> rounded;
+#pragma unroll
     for (int i = 0; i < kEach; ++i) rounded.at[i] = from_float<T>(x[i] /= unit);
-    store_vector(g + row * t.heads * kWidth + at, rounded);
+    if (live) store_vector(g + row * t.heads * kWidth + at, rounded);
   }
   float weight = unit;
   if (t.denominator) {
-    const auto out = load_vector<T, kEach>(static_cast<const T*>(o.data) + row * o.stride + at);
+#pragma unroll
     for (int i = 0; i < kEach; ++i) dot = fmaf(x[i], to_float(out.at[i]), dot);
-    dot = warp_reduce<Sum>(dot);
+    dot = lanes_reduce<Sum>(dot, kLanes);
     weight /= t.denominator[row * t.denominator_stride + head];
   }
-  if (threadIdx.x % 32 == 0) factors[head * t.rows + row] = {weight, -dot, peak / unit, unit};
+  if (live && lane == 0) factors[head * t.rows + row] = {weight, -dot, peak / unit, unit};
 }
 
 Rows rows_of(const Tensor& x) { return {x.data, x.row_stride}; }
-unsigned warps_grid(int64_t warps) { return static_cast<unsigned>((warps * 32 + kThreads - 1) / kThreads); }
+unsigned grid_of(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
 SweepTask make_task(const LinearAttentionParams& params, const Tensor& q, const Tensor& k, const Tensor& v,
                     const Tensor& denominator, const Tensor& cu_seqlens, const SweepPlan& plan) {
@@ -157,8 +175,7 @@ void backward_in_tiles(const Tensor& q, const Tensor& dout, const Tensor& o, Swe
     using G = decltype(gradient);
     if constexpr (!std::is_same_v<T, float>) {
       auto* kernel = task.width == 64 ? output_factors<T, G, 64> : output_factors<T, G, 128>;
-      kernel<<<warps_grid(q.rows() * q.dim(1)), kThreads, 0, stream>>>(task, rows_of(o),
-                                                                       static_cast<T*>(g.data), to);
+      kernel<<<grid_of(q.numel() / 8), kThreads, 0, stream>>>(task, rows_of(o), static_cast<T*>(g.data), to);
     }
   });
   check_launch("linear_attention_backward");
@@ -171,8 +188,8 @@ void backward_of_any(const Tensor& q, const Tensor& dout, const Tensor& o, Sweep
   if (task.denominator) {
     visit_types(q.dtype, dout.dtype, [&](auto t, auto gradient) {
       auto* kernel = output_dots<decltype(t), decltype(gradient)>;
-      kernel<<<warps_grid(q.rows() * q.dim(1)), kThreads, 0, stream>>>(task, rows_of(o),
-                                                                       static_cast<float*>(dd.data));
+      kernel<<<grid_of(q.rows() * q.dim(1) * 32), kThreads, 0, stream>>>(task, rows_of(o),
+                                                                         static_cast<float*>(dd.data));
     });
     check_launch("linear_attention_backward");
     task.dd = static_cast<const float*>(dd.data);

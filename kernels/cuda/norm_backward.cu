@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/device/norm_rows.cuh"
+#include "kernels/cuda/shares.h"
 #include "kernels/ops/norm.h"
 
 namespace kernels::cuda {
@@ -167,32 +168,6 @@ __global__ void __launch_bounds__(kAnyThreads) shares_any_kernel(const Backward 
   if (b.dbias) b.dbias[share] = dbias;
 }
 
-constexpr int kShareColumns = 32, kShareRows = 32;
-
-struct Shares {
-  const float* shares[2];
-  float* gradients[2];
-};
-
-// gradient += the sum of the shares: 32 threads take every 32nd share of a column, then their sums are added.
-__global__ void __launch_bounds__(kShareColumns* kShareRows)
-    add_shares_kernel(const Shares all, int count, int columns) {
-  const float* shares = all.shares[blockIdx.y];
-  __shared__ float sums[kShareRows][kShareColumns];
-  const int column = blockIdx.x * kShareColumns + threadIdx.x;
-  float sum = 0;
-  if (column < columns)
-#pragma unroll 8
-    for (int s = threadIdx.y; s < count; s += kShareRows) sum += shares[int64_t{s} * columns + column];
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || column >= columns) return;
-  float total = 0;
-#pragma unroll
-  for (int s = 0; s < kShareRows; ++s) total += sums[s][threadIdx.x];
-  all.gradients[blockIdx.y][column] += total;
-}
-
 int64_t share_blocks(int64_t rows, int64_t groups, int threads, int rows_per_block) {
   const int64_t wanted = std::max<int64_t>(1, kSummingThreads / threads / groups);
   return std::min(wanted, (rows + rows_per_block - 1) / rows_per_block);
@@ -225,22 +200,18 @@ int64_t launch_backward(const Context& ctx, const Backward& b, int64_t groups, b
   return blocks;
 }
 
-void add_shares(const Context& ctx, const Backward& b, int64_t count, const Tensor& dgain,
-                const Tensor& dbias) {
+// Of the shares that there are.
+void add_all(const Context& ctx, const Backward& b, int64_t count, const Tensor& dgain, const Tensor& dbias) {
   Shares all{};
-  unsigned sums = 0;
+  int number = 0;
   const auto take = [&](const float* shares, const Tensor& gradient) {
     if (!shares) return;
-    all.shares[sums] = shares;
-    all.gradients[sums++] = gradient.as<float>();
+    all.shares[number] = shares;
+    all.sums[number++] = gradient.as<float>();
   };
   take(b.dgain, dgain);
   take(b.dbias, dbias);
-  if (sums == 0) return;
-  const dim3 grid((b.all_columns + kShareColumns - 1) / kShareColumns, sums),
-      block(kShareColumns, kShareRows);
-  add_shares_kernel<<<grid, block, 0, stream_of(ctx)>>>(all, static_cast<int>(count), b.all_columns);
-  check_launch("norm_backward");
+  add_shares(ctx, "norm_backward", all, number, count, b.all_columns);
 }
 
 }  // namespace
@@ -278,7 +249,7 @@ void norm_backward(const Context& ctx, const NormParams& params, const Tensor& d
     } else if constexpr (!std::is_same_v<X, Y>) {
       count = launch_backward<X, Y, Y>(ctx, b, params.groups, wide);
     }
-    add_shares(ctx, b, count, dgain, dbias);
+    add_all(ctx, b, count, dgain, dbias);
   });
 }
 

@@ -27,12 +27,12 @@ __device__ __forceinline__ T from_float(float x) {
 }
 
 // N elements moved at once; alignment is the caller's promise.
-template <typename T, int N>
+template <typename T>
+inline constexpr int kVectorElements = 16 / sizeof(T);
+template <typename T, int N = kVectorElements<T>>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
 };
-template <typename T>
-inline constexpr int kVectorElements = 16 / sizeof(T);
 
 template <typename T, int N = kVectorElements<T>>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {

@@ -12,12 +12,6 @@
 
 namespace kernels::cuda {
 
-// Whether rows of t can be read `bytes` at a time from their beginning.
-inline bool rows_aligned(const Tensor& t, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(t.data) % bytes == 0 &&
-         (t.rows() <= 1 || static_cast<size_t>(t.row_stride) * size_of(t.dtype) % bytes == 0);
-}
-
 inline constexpr int kMapThreads = 256;
 
 // Op: kInputs, kOutputs and operator()(const float (&in)[], float (&out)[]); X is the inputs' type, Y the

@@ -1,0 +1,39 @@
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/shares.h"
+
+namespace kernels::cuda {
+
+namespace {
+
+constexpr int kColumns = 32, kRows = 32;
+
+// 32 threads take every 32nd share of a column, then their sums are added.
+__global__ void __launch_bounds__(kColumns* kRows)
+    add_shares_kernel(const Shares all, int count, int columns) {
+  const float* shares = all.shares[blockIdx.y];
+  __shared__ float sums[kRows][kColumns];
+  const int column = blockIdx.x * kColumns + threadIdx.x;
+  float sum = 0;
+  if (column < columns)
+#pragma unroll 8
+    for (int s = threadIdx.y; s < count; s += kRows) sum += shares[int64_t{s} * columns + column];
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= columns) return;
+  float total = 0;
+#pragma unroll
+  for (int s = 0; s < kRows; ++s) total += sums[s][threadIdx.x];
+  all.sums[blockIdx.y][column] += total;
+}
+
+}  // namespace
+
+void add_shares(const Context& ctx, const char* operation, const Shares& all, int number, int64_t count,
+                int columns) {
+  if (number == 0) return;
+  const dim3 grid((columns + kColumns - 1) / kColumns, number), block(kColumns, kRows);
+  add_shares_kernel<<<grid, block, 0, stream_of(ctx)>>>(all, static_cast<int>(count), columns);
+  check_launch(operation);
+}
+
+}  // namespace kernels::cuda
