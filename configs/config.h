@@ -152,7 +152,7 @@ struct TrainConfig {
 
 struct CommConfig {
   int64_t zero = 0;
-  double bucket_mb = 4;
+  double bucket_mb = 0;
   int64_t deadline_seconds = 600;
   template <typename Visitor>
   void options(Visitor&& v) {
@@ -160,7 +160,8 @@ struct CommConfig {
       "ZeRO stage: 1 spreads the optimizer's state (masters and moments) over the ranks, 0 keeps all of it "
       "on "
       "every rank");
-    v(bucket_mb, "bucket_mb", Range{0.001, 4096}, "gradients sent at once, in MiB");
+    v(bucket_mb, "bucket_mb", Range{0, 4096},
+      "gradients sent at once, in MiB; 0: 4 on CPU cores, 64 on GPUs");
     v(deadline_seconds, "deadline_seconds", Range{1, 1e6},
       "longest wait for other ranks before the job is ended");
   }

@@ -4,6 +4,7 @@
 #   gemm attention linear elementwise                        operations, beside PyTorch and flash-linear-attention
 #   train_124m train_1558m linear_124m decode                steps of the presets, beside the same
 #   two            tests and training on two GPUs            losses        50 steps from PyTorch's weights, beside PyTorch
+#   text           prepares the text that the following read
 #   precision      fp16 with dynamic scaling beside fp32     real          the Python sources of this host: train, stop,
 #                                                                          resume on the other number of GPUs, evaluate
 # Without names all of them (`two` where there are two GPUs). Each writes tests/bench/results/gpu_*.json and says what it
@@ -14,7 +15,7 @@
 #   VOCABULARY TOKENIZER     of the prepared text: a size (50304), or a SentencePiece model instead of training one
 #   TEXT         folders of Python sources; MAX_BYTES of them      STEPS REPEATS    timed steps of peers, repeats of ours
 #   SANITIZE     which tests (a gtest filter)      SANITIZE_SECONDS      longest time of one tool
-#   LOSS_STEPS LOSS_BATCH PRECISION_TOKENS REAL_SECONDS REAL_CONTEXT REAL_BATCH
+#   LOSS_STEPS LOSS_BATCH PRECISION_TOKENS PRECISION_GPUS REAL_SECONDS REAL_CONTEXT REAL_BATCH
 set -uo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/../.."
@@ -107,6 +108,8 @@ prepare() {
   foretell prepare --input "$work/text/joined" --val-fraction 0.02 --tokenizer "$work/files" --max-bytes "$most" \
     --output "$work/joined" --overwrite
 }
+
+part_text() { prepare; }
 
 part_parity() {
   local reports=() name tool
@@ -224,12 +227,13 @@ part_losses() {
 }
 
 part_precision() {
-  local tokens=${PRECISION_TOKENS:-$(sized 16777216 1048576)} compute count
+  local tokens=${PRECISION_TOKENS:-$(sized 16777216 1048576)} compute count gpus=${PRECISION_GPUS:-1}
   prepare
   count=$((tokens / 32 / 1024))
   for compute in fp16 fp32; do
-    train 1 "$work/precision_$compute" gpt2_124m data.path="$work/joined" precision.compute=$compute train.steps=$count \
-      optim.warmup=$((count / 10 + 1)) train.validate_every=$((count / 4 + 1)) checkpoint.every=0
+    train "$gpus" "$work/precision_$compute" gpt2_124m data.path="$work/joined" precision.compute=$compute \
+      train.micro_batch=$((32 / gpus)) train.steps=$count optim.warmup=$((count / 10 + 1)) \
+      train.validate_every=$((count / 4 + 1)) checkpoint.every=0
   done
   result precision "$results/gpu_precision.json" "$work/precision_fp16/metrics.jsonl" "$work/precision_fp32/metrics.jsonl"
 }

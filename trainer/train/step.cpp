@@ -48,6 +48,13 @@ StepTensors take(kernels::Arena& arena, const Model& model, const data::LoaderPa
           arena.allocate("seeds", DType::f32, {losses}), arena.allocate("validation", DType::f64, {losses})};
 }
 
+// A GPU's exchange takes multiprocessors from the products beside it: few large ones are over sooner.
+size_t bucket_bytes(const configs::Config& config, kernels::Device device) {
+  double mib = config.comm.bucket_mb;
+  if (mib == 0) mib = device.is_cuda() ? 64 : 4;
+  return static_cast<size_t>(mib * (1 << 20));
+}
+
 ModelBatch view_batch(const Tensor& block, const BatchShape& shape, const data::LoaderParams& params,
                       const configs::Config& config) {
   BlockCutter cutter(block.data, block.device);
@@ -109,7 +116,7 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   segments_ = store.segments();
   shard_segments_ = store.shard_segments();
   reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients,
-                                                     static_cast<size_t>(config.comm.bucket_mb * (1 << 20)),
+                                                     bucket_bytes(config, ctx.device),
                                                      store.sharded() ? store.shard_elements() : 0);
   set_state(initial_state(config));
 }

@@ -47,12 +47,11 @@ __device__ __forceinline__ float lanes_sum(float x, float* shared) {
   }
 }
 
-// Whether every tensor (empty ones aside) can be read in vectors of N elements; a gain or a bias is one row.
+// Whether every tensor (empty ones aside) can be read in vectors of N elements.
 template <int N>
 bool aligned_for(std::initializer_list<Tensor> tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
-    const Tensor rows = t.shape.rank() == 1 ? t.view({1, t.numel()}) : t;
-    return !t || rows_aligned(rows, static_cast<size_t>(N) * size_of(t.dtype));
+    return !t || rows_aligned(t, static_cast<size_t>(N) * size_of(t.dtype));
   });
 }
 
