@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) decode_any_kernel(const SoftmaxDecod
   const int first = p.first_row[sequence], length = p.length(sequence), lane = threadIdx.x % 32;
   if (head % group == 0)
     for (int c = threadIdx.x; c < p.width; c += kThreads)
-      p.append(sequence, key_head, length, first, row - first, c);
+      p.template append<1>(sequence, key_head, length, first, row - first, c);
   const auto mask = static_cast<uint64_t>(p.ancestors[row]);
   const int places = length + __popcll(mask);
   const T* q = p.q + row * p.q_stride + int64_t{head} * p.width;

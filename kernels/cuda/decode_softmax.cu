@@ -2,7 +2,8 @@
 // of one key head, whole rows where they fit. A full chunk of committed slots meets all of a tile's queries;
 // the last chunks of a row, which hold its own ancestors, are gathered for that row alone and meet the same
 // instructions. Few tiles: one block per chunk, partial results in memory, and the tile's last block takes
-// them in order. Many tiles: one block takes all chunks of its tile, in the same order with the same bits.
+// them in order; what the cache holds is fetched while the kernel ahead still runs. Many tiles: one block
+// takes all chunks of its tile, in the same order with the same bits.
 #include <algorithm>
 
 #include "kernels/cuda/device/cluster.cuh"
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kThreads = 128, kQueries = 16;
 constexpr int64_t kFewTiles = 264;
+constexpr int kAhead = 10;  // partial results that are fetched at once
 
 // How many blocks of a tile have finished; each tile's last one sets it to 0 again. Decoding steps follow one
 // another in one stream of a device.
@@ -35,7 +37,8 @@ struct Tiles {
   float* values;       // (N, H, chunks, D)
 };
 
-// The tile of this block.
+// Blocks are started in the order of x, then y, then z: blockIdx.x is the tile of a sequence's key head, y
+// the sequence and key head, z the item. Items that are not there come last.
 struct Tile {
   int sequence, key_head, first, count, length, full;  // full: chunks of committed slots only
   int row, rows, query;                                // first row, rows, first query of a row
@@ -44,19 +47,20 @@ struct Tile {
 template <typename T>
 __device__ Tile tile_of(const Tiles<T>& p) {
   Tile t;
-  t.sequence = blockIdx.z / p.step.key_heads;
-  t.key_head = blockIdx.z % p.step.key_heads;
+  t.sequence = blockIdx.y / p.step.key_heads;
+  t.key_head = blockIdx.y % p.step.key_heads;
   t.first = p.step.first_row[t.sequence];
   t.count = min(p.step.first_row[t.sequence + 1] - t.first, int{kMaxDecodeRows});
   t.length = p.step.length(t.sequence);
   t.full = t.length / kChunk;
-  t.row = blockIdx.y / p.parts * p.rows;
+  t.row = blockIdx.x / p.parts * p.rows;
   t.rows = min(p.rows, t.count - t.row);
-  t.query = blockIdx.y % p.parts * kQueries;
+  t.query = blockIdx.x % p.parts * kQueries;
   return t;
 }
 
-// Item x of a tile: a full chunk, or one of the two last chunks of a row.
+// Item x of a tile: a full chunk, or one of the two last chunks of a row: the first of every row, then the
+// second.
 struct Item {
   int chunk, row;  // row: within the tile; -1: full
   uint64_t ancestors;
@@ -71,7 +75,7 @@ __device__ uint64_t ancestors_of(const Tiles<T>& p, const Tile& t, int row) {
 template <typename T>
 __device__ Item item_of(const Tiles<T>& p, const Tile& t, int x) {
   if (x < t.full) return {x, -1, 0, kChunk};
-  const int row = (x - t.full) / 2, chunk = t.full + (x - t.full) % 2;
+  const int row = (x - t.full) % p.rows, chunk = t.full + (x - t.full) / p.rows;
   if (row >= t.rows) return {chunk, row, 0, 0};
   const uint64_t ancestors = ancestors_of(p, t, row);
   const int places = t.length + __popcll(ancestors) - chunk * kChunk;
@@ -96,11 +100,14 @@ __device__ bool find_query(const Tiles<T>& p, const Tile& t, int i, int& row, in
 template <typename T, int D>
 struct Memory {
   static constexpr int kRow = D + 8;
+  struct Stage {
+    T k[kChunk][kRow], v[kChunk][kRow];
+  };
   T q[kQueries][kRow];
-  T k[2][kChunk][kRow], v[2][kChunk][kRow];
   T p[kQueries][kChunk + 8];
   float maximum[4][kQueries], sum[4][kQueries];
-  unsigned remaining;  // blocks of the tile that have not finished
+  unsigned remaining;           // blocks of the tile that have not finished
+  alignas(16) Stage stages[2];  // one where a block takes one chunk
 };
 
 template <typename T, int D>
@@ -114,19 +121,20 @@ __device__ void load_queries(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) 
   }
 }
 
-template <typename T, int D>
-__device__ void load_item(const Tiles<T>& p, const Tile& t, const Item& item, int stage, Memory<T, D>& m) {
+// The item's places in the cache, and zeros behind the last place; or those of the step's own rows.
+template <bool kStored, typename T, int D>
+__device__ void load_places(const Tiles<T>& p, const Tile& t, const Item& item, int stage, Memory<T, D>& m) {
 #pragma unroll
   for (int n = 0; n < kChunk * D / 8 / kThreads; ++n) {
     const int i = n * kThreads + threadIdx.x, place = i / (D / 8), c = i % (D / 8) * 8;
     const bool inside = place < item.visible;
     const int at = inside ? item.chunk * kChunk + place : 0;
-    copy_16(&m.k[stage][place][c],
+    if ((!inside || at < t.length) != kStored) continue;
+    copy_16(&m.stages[stage].k[place][c],
             p.step.key(t.sequence, t.key_head, t.length, t.first, item.ancestors, at) + c, inside);
-    copy_16(&m.v[stage][place][c],
+    copy_16(&m.stages[stage].v[place][c],
             p.step.value(t.sequence, t.key_head, t.length, t.first, item.ancestors, at) + c, inside);
   }
-  commit_copies();
 }
 
 // What a chunk gives: this thread's maximum and sum for queries lane / 4 and lane / 4 + 8, and its elements
@@ -145,7 +153,7 @@ __device__ __forceinline__ void scores(const Memory<T, D>& m, int stage, float s
   for (int step = 0; step < D / 16; ++step) {
     unsigned a[4], b[4];
     load_matrices(a, &m.q[matrix % 2 * 8 + lane % 8][step * 16 + matrix / 2 * 8]);
-    load_matrices(b, &m.k[stage][warp * 16 + matrix / 2 * 8 + lane % 8][step * 16 + matrix % 2 * 8]);
+    load_matrices(b, &m.stages[stage].k[warp * 16 + matrix / 2 * 8 + lane % 8][step * 16 + matrix % 2 * 8]);
     multiply<T>(s[0], a, b[0], b[1]);
     multiply<T>(s[1], a, b[2], b[3]);
   }
@@ -210,7 +218,7 @@ __device__ void compute_chunk(Memory<T, D>& m, int stage, float scale, int visib
 #pragma unroll
     for (int n = 0; n < D / 32; ++n) {
       unsigned b[2];
-      load_transposed(b, &m.v[stage][step * 16 + lane % 16][warp * (D / 4) + n * 8]);
+      load_transposed(b, &m.stages[stage].v[step * 16 + lane % 16][warp * (D / 4) + n * 8]);
       multiply<T>(out.out[n], a, b[0], b[1]);
     }
   }
@@ -218,8 +226,10 @@ __device__ void compute_chunk(Memory<T, D>& m, int stage, float scale, int visib
 
 template <typename T, int D>
 __device__ void append_tile(const Tiles<T>& p, const Tile& t) {
-  for (int i = threadIdx.x; i < t.rows * D; i += kThreads)
-    p.step.append(t.sequence, t.key_head, t.length, t.first, t.row + i / D, i % D);
+  constexpr int kWide = 8;
+  for (int i = threadIdx.x; i < t.rows * D / kWide; i += kThreads)
+    p.step.template append<kWide>(t.sequence, t.key_head, t.length, t.first, t.row + i / (D / kWide),
+                                  i % (D / kWide) * kWide);
 }
 
 // One block per chunk: the partial result goes to memory.
@@ -239,18 +249,26 @@ __device__ void store_partial(const Tiles<T>& p, const Tile& t, const Item& item
   }
 }
 
-// Whether this is the tile's last block; the others' partial results are then visible.
+template <typename T>
+__device__ unsigned blocks_of(const Tiles<T>& p, const Tile& t) {
+  unsigned blocks = t.full;
+  for (int row = 0; row < t.rows; ++row) blocks += chunks_of(p, t, row) - t.full;
+  return blocks;
+}
+
+// Whether this is the last of the tile's `blocks`; the others' partial results are then visible.
 template <typename T, int D>
-__device__ bool finish_block(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) {
-  __threadfence();
+__device__ bool finish_block(unsigned blocks, Memory<T, D>& m) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    unsigned blocks = t.full;
-    for (int row = 0; row < t.rows; ++row) blocks += chunks_of(p, t, row) - t.full;
-    m.remaining = blocks - 1 - atomicInc(&finished[blockIdx.z * gridDim.y + blockIdx.y], blocks - 1);
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(&finished[blockIdx.y * gridDim.x + blockIdx.x]), "r"(blocks - 1)
+                 : "memory");
+    m.remaining = blocks - 1 - before;
   }
   __syncthreads();
-  __threadfence();
   return m.remaining == 0;
 }
 
@@ -262,14 +280,22 @@ __device__ void take_partials(const Tiles<T>& p, const Tile& t) {
     const int64_t query = int64_t{t.first + t.row + row} * p.step.heads + head;
     const int c = i % (D / 4) * 4, chunks = chunks_of(p, t, row);
     float maximum = -INFINITY, sum = 0, out[4] = {};
-#pragma unroll 8
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t at = query * p.chunks + chunk;
-      const float2 x = __ldcg(p.statistics + at);
-      const float4 y = __ldcg(reinterpret_cast<const float4*>(p.values + at * D + c));
-      const ChunkWeights w = take_chunk(maximum, sum, x.x, x.y);
-      out[0] = take_value(out[0], y.x, w), out[1] = take_value(out[1], y.y, w);
-      out[2] = take_value(out[2], y.z, w), out[3] = take_value(out[3], y.w, w);
+    for (int first = 0; first < chunks; first += kAhead) {
+      float2 x[kAhead];
+      float4 y[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int64_t at = query * p.chunks + min(first + j, chunks - 1);
+        x[j] = __ldcg(p.statistics + at);
+        y[j] = __ldcg(reinterpret_cast<const float4*>(p.values + at * D + c));
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j >= chunks) break;
+        const ChunkWeights w = take_chunk(maximum, sum, x[j].x, x[j].y);
+        out[0] = take_value(out[0], y[j].x, w), out[1] = take_value(out[1], y[j].y, w);
+        out[2] = take_value(out[2], y[j].z, w), out[3] = take_value(out[3], y[j].w, w);
+      }
     }
     const float factor = __frcp_rn(sum);
     T* to = p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + c;
@@ -280,16 +306,21 @@ __device__ void take_partials(const Tiles<T>& p, const Tile& t) {
 
 template <typename T, int D>
 __device__ void run_one_chunk(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) {
-  const Item item = item_of(p, t, blockIdx.x);
+  const Item item = item_of(p, t, blockIdx.z);
   if (item.visible == 0) return;
+  const unsigned blocks = blocks_of(p, t);
+  load_places<true, T, D>(p, t, item, 0, m);
+  wait_for_previous();
   load_queries<T, D>(p, t, m);
-  load_item<T, D>(p, t, item, 0, m);
+  if (item.row >= 0) load_places<false, T, D>(p, t, item, 0, m);
+  commit_copies();
+  if (blockIdx.z == 0 && t.query == 0) append_tile<T, D>(p, t);
   wait_copies<0>();
   __syncthreads();
   Partial<D> x;
   compute_chunk<T, D>(m, 0, p.step.scale, item.visible, x);
   store_partial<T, D>(p, t, item, x);
-  if (finish_block<T, D>(p, t, m)) take_partials<T, D>(p, t);
+  if (finish_block<T, D>(blocks, m)) take_partials<T, D>(p, t);
 }
 
 template <typename T, int D>
@@ -327,7 +358,7 @@ __device__ void take(const Tiles<T>& p, const Item& item, const Partial<D>& x, P
 // The next item behind x that there is; visible is 0 where there is none.
 template <typename T>
 __device__ Item next_item(const Tiles<T>& p, const Tile& t, int& x) {
-  while (++x < t.full + 2 * t.rows) {
+  while (++x < t.full + 2 * p.rows) {
     const Item item = item_of(p, t, x);
     if (item.visible > 0) return item;
   }
@@ -335,7 +366,15 @@ __device__ Item next_item(const Tiles<T>& p, const Tile& t, int& x) {
 }
 
 template <typename T, int D>
+__device__ void load_item(const Tiles<T>& p, const Tile& t, const Item& item, int stage, Memory<T, D>& m) {
+  load_places<true, T, D>(p, t, item, stage, m);
+  if (item.row >= 0) load_places<false, T, D>(p, t, item, stage, m);
+  commit_copies();
+}
+
+template <typename T, int D>
 __device__ void run_all_chunks(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) {
+  if (t.query == 0) append_tile<T, D>(p, t);
   Partial<D> state = {};
   state.maximum[0] = state.maximum[1] = -INFINITY;
   load_queries<T, D>(p, t, m);
@@ -366,10 +405,9 @@ __global__ void __launch_bounds__(kThreads) softmax_decode_kernel(const Tiles<T>
   extern __shared__ __align__(16) char memory[];
   Memory<T, D>& m = *reinterpret_cast<Memory<T, D>*>(memory);
   let_next_start();
-  wait_for_previous();
+  if (!p.split) wait_for_previous();
   const Tile t = tile_of(p);
   if (t.rows <= 0) return;
-  if (blockIdx.x == 0 && t.query == 0) append_tile<T, D>(p, t);
   if (p.split) {
     run_one_chunk<T, D>(p, t, m);
   } else {
@@ -401,11 +439,12 @@ template <typename T, int D>
 void launch_tiles(const Context& ctx, const Tiles<T>& p, const Grid& g) {
   constexpr const char* kName = "softmax_attention_decode";
   const auto kernel = softmax_decode_kernel<T, D>;
-  constexpr int kBytes = sizeof(Memory<T, D>);
+  constexpr int kBytes = sizeof(Memory<T, D>), kStage = sizeof(typename Memory<T, D>::Stage);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kName);
-  const dim3 grid(g.split ? static_cast<unsigned>(p.step.capacity / kChunk + 2 * g.rows) : 1u,
-                  static_cast<unsigned>(g.tiles), static_cast<unsigned>(p.step.sequences * p.step.key_heads));
-  launch(ctx, kName, {.grid = grid, .block = kThreads, .dependent = true, .shared = kBytes}, kernel, p);
+  const dim3 grid(static_cast<unsigned>(g.tiles), static_cast<unsigned>(p.step.sequences * p.step.key_heads),
+                  g.split ? static_cast<unsigned>(p.step.capacity / kChunk + 2 * g.rows) : 1u);
+  const unsigned shared = g.split ? kBytes - kStage : kBytes;
+  launch(ctx, kName, {.grid = grid, .block = kThreads, .dependent = true, .shared = shared}, kernel, p);
 }
 
 struct Partials {

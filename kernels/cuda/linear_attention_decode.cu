@@ -65,33 +65,48 @@ size_t decode_shared_bytes(int width, int slots) {
                                              width + kWarps * width + 2 * kWarps * slots);
 }
 
-// Rows [0, committed) from the state, the step's `rows` after them; phi(k) of new rows is made here, once.
+// The state: S, z and rows [0, committed).
 template <class T>
-__device__ void stage(const DecodeTask& t, const DecodeShared& m, int sequence, int key_head, int column,
-                      int committed, int first_row, int rows) {
+__device__ void stage_state(const DecodeTask& t, const DecodeShared& m, int sequence, int key_head,
+                            int column, int committed) {
   const int64_t slot = int64_t{t.key_heads} * t.width, head = int64_t{key_head} * t.width;
   const float* recent_k = t.state.recent_k + sequence * t.state.k_stride + head;
   const T* recent_v = static_cast<const T*>(t.state.recent_v) + sequence * t.state.v_stride + head;
-  const T* k = static_cast<const T*>(t.k.data) + first_row * t.k.stride + head;
-  const T* v = static_cast<const T*>(t.v.data) + first_row * t.v.stride + head;
-  for (int i = threadIdx.x; i < (committed + rows) * t.width; i += kThreads) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < committed * t.width; i += kThreads) {
     const int row = i / t.width, d = i % t.width;
-    m.keys[row * m.ld + d] =
-        row < committed ? recent_k[row * slot + d] : phi(to_float(k[(row - committed) * t.k.stride + d]));
+    m.keys[row * m.ld + d] = recent_k[row * slot + d];
   }
-  for (int i = threadIdx.x; i < (committed + rows) * kColumns; i += kThreads) {
-    const int row = i / kColumns, n = column + i % kColumns;
-    if (n >= t.width) continue;
-    m.values[i] =
-        to_float(row < committed ? recent_v[row * slot + n] : v[(row - committed) * t.v.stride + n]);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < committed * kColumns; i += kThreads) {
+    const int n = column + i % kColumns;
+    if (n < t.width) m.values[i] = to_float(recent_v[i / kColumns * slot + n]);
   }
   const float* s = t.state.s + sequence * t.state.s_stride + head * t.width;
+#pragma unroll 4
   for (int i = threadIdx.x; i < t.width * kColumns; i += kThreads) {
     const int n = column + i % kColumns;
     if (n < t.width) m.s[i] = s[i / kColumns * t.width + n];
   }
   const float* z = t.state.z + sequence * t.state.z_stride + head;
   for (int d = threadIdx.x; d < t.width; d += kThreads) m.z[d] = z[d];
+}
+
+// The step's rows behind them; phi(k) is made here, once.
+template <class T>
+__device__ void stage_rows(const DecodeTask& t, const DecodeShared& m, int key_head, int column,
+                           int committed, int first_row, int rows) {
+  const int64_t head = int64_t{key_head} * t.width;
+  const T* k = static_cast<const T*>(t.k.data) + first_row * t.k.stride + head;
+  const T* v = static_cast<const T*>(t.v.data) + first_row * t.v.stride + head;
+  for (int i = threadIdx.x; i < rows * t.width; i += kThreads) {
+    const int row = i / t.width, d = i % t.width;
+    m.keys[(committed + row) * m.ld + d] = phi(to_float(k[row * t.k.stride + d]));
+  }
+  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
+    const int row = i / kColumns, n = column + i % kColumns;
+    if (n < t.width) m.values[committed * kColumns + i] = to_float(v[row * t.v.stride + n]);
+  }
 }
 
 // The block's columns of the new rows go to the state.
@@ -166,14 +181,15 @@ __global__ void __launch_bounds__(kThreads) linear_decode(const DecodeTask t) {
   extern __shared__ float memory[];
   const DecodeShared m(memory, t.width, t.slots);
   let_next_start();
-  wait_for_previous();
   const int blocks = (t.width + kColumns - 1) / kColumns, column = blockIdx.x % blocks * kColumns;
   const int key_head = blockIdx.x / blocks % t.key_heads, sequence = blockIdx.x / blocks / t.key_heads;
   const int first_row = t.first_row[sequence], rows = t.first_row[sequence + 1] - first_row;
   const int group = t.heads / t.key_heads, queries = rows * group;
   if (static_cast<int>(blockIdx.y) * kWarps >= queries) return;
   const int committed = t.lengths[sequence] % static_cast<int>(kFold);
-  stage<T>(t, m, sequence, key_head, column, committed, first_row, rows);
+  stage_state<T>(t, m, sequence, key_head, column, committed);
+  wait_for_previous();
+  stage_rows<T>(t, m, key_head, column, committed, first_row, rows);
   __syncthreads();
   if (blockIdx.y == 0) append<T>(t, m, sequence, key_head, column, committed, first_row, rows);
   for (int i = blockIdx.y * kWarps + threadIdx.x / 32; i < queries; i += gridDim.y * kWarps) {

@@ -16,6 +16,7 @@ namespace {
 constexpr int kWarps = 16, kThreads = kWarps * 32;
 constexpr unsigned kCluster = 8;
 constexpr int64_t kWideRow = 4096;  // shorter rows take one block
+constexpr int kAhead = 16;          // logits that a thread fetches at once
 
 template <typename T>
 struct Logits {
@@ -58,17 +59,24 @@ __global__ void __launch_bounds__(kThreads, 2) argmax_kernel(const Logits<T> log
   wait_for_previous();
   const T* x = logits.data + share.row * logits.stride;
   Key best = 0;
-#pragma unroll 8
-  for (int i = share.first; i < logits.columns; i += share.step) {
-    const float value = to_float(x[i]);
-    best = max(best, key_of(isnan(value) ? 0 : order_of(value), i));
+  for (int first = share.first; first < logits.columns; first += kAhead * share.step) {
+    T values[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) values[j] = x[min(first + j * share.step, logits.columns - 1)];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + j * share.step;
+      const float value = to_float(values[j]);
+      if (i < logits.columns) best = max(best, key_of(isnan(value) ? 0 : order_of(value), i));
+    }
   }
   best = block_reduce<Max, Key>(best, reduction, 0);
   if (threadIdx.x == 0) best_of_block = best;
   cluster_sync();
-  if (share.rank == 0 && threadIdx.x == 0) {
-    for (int r = 1; r < share.blocks; ++r) best = max(best, *cluster_shared(&best_of_block, r));
-    tokens[share.row] = index_of(best);
+  if (share.rank == 0 && threadIdx.x < 32) {
+    const int other = min(static_cast<int>(threadIdx.x), share.blocks - 1);
+    best = warp_reduce<Max>(*cluster_shared(&best_of_block, static_cast<uint32_t>(other)));
+    if (threadIdx.x == 0) tokens[share.row] = index_of(best);
   }
   cluster_sync();  // no block leaves while its result is read
 }

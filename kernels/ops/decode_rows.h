@@ -1,7 +1,8 @@
 #pragma once
 // The rows of one decoding step: n_b new tokens for each of B sequences, as a chain or as a tree. The same
 // description serves prefill (a chain of prompt tokens), plain decoding (one row) and verification (root and
-// drafts).
+// drafts). On a GPU attention reads it, and what a state holds of committed tokens, before the kernels ahead
+// in the stream have ended: between their writing and a step stands a copy, or the host's waiting.
 #include "kernels/core/tensor.h"
 
 namespace kernels {

@@ -66,8 +66,26 @@ void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels) {
   return cpu::pack_panels(ctx, matrix, panels);
 }
 
+namespace {
+// Calls layer(norm(x), w without the norm) and returns true where the norm is an operation of its own.
+template <typename Layer>
+bool with_norm_ahead(const Context& ctx, const Tensor& x, const LinearWeight& w, const Layer& layer) {
+  if (!w.norm.gain) return false;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda() && cuda::linear_rows_norms(x, w)) return false;
+  const ArenaScope scope(*ctx.scratch);
+  const Tensor normed = ctx.scratch->allocate("normed", x.dtype, x.shape);
+  norm(ctx, w.norm.params, x, w.norm.gain, w.norm.bias, normed, {});
+  layer(normed, LinearWeight{w.matrix, w.bias, w.panels});
+  return true;
+}
+}  // namespace
+
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y) {
   check_forward("linear", x, w, y);
+  if (with_norm_ahead(
+          ctx, x, w, [&](const Tensor& normed, const LinearWeight& plain) { linear(ctx, normed, plain, y); }))
+    return;
   if (ctx.rehearsal) return;
   const bool alone = w.panels && x.rows() <= kMaxDecodeRows;
   if constexpr (kCudaEnabled)
@@ -82,6 +100,10 @@ void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
     check_shape("linear_gelu", "pre", pre, y.shape);
     check_dtype("linear_gelu", "pre", pre, x.dtype);
   }
+  if (with_norm_ahead(ctx, x, w, [&](const Tensor& normed, const LinearWeight& plain) {
+        linear_gelu(ctx, normed, plain, pre, y);
+      }))
+    return;
   if (ctx.rehearsal) return;
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::linear_gelu(ctx, x, w, pre, y);

@@ -28,6 +28,7 @@
 //    decoding identical to plain decoding.
 #include "kernels/core/context.h"
 #include "kernels/core/tensor.h"
+#include "kernels/ops/norm.h"
 
 namespace kernels {
 
@@ -37,6 +38,12 @@ struct LinearWeight {
   Tensor matrix;  // (O, I)
   Tensor bias;    // (O), or empty
   Tensor panels;  // panels_shape(matrix), from pack_panels; or empty
+  // With a gain, linear and linear_gelu read norm(x) (ops/norm.h) instead of x, with working memory from
+  // ctx.scratch.
+  struct {
+    NormParams params;
+    Tensor gain, bias;
+  } norm = {};
 };
 
 // The matrix, padded with zeros, in the order in which its device's row-invariant kernel reads it:
@@ -86,6 +93,9 @@ namespace cuda {
 inline constexpr int64_t kTileRows = 16, kTileColumns = 32;
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
+// Whether linear_rows computes the norm of x itself. It depends on the layer alone, never on how many rows
+// there are.
+bool linear_rows_norms(const Tensor& x, const LinearWeight& w);
 // With `gelu`, y = gelu(x W^T + b); with a residual, it is added before the sum is rounded.
 void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu = false,
                  const Tensor& residual = {});

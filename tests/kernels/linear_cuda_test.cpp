@@ -36,7 +36,10 @@ TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
                              {50, 1700, Form::add},
                              {4200, 768, Form::gelu},
                              {33, 7000, Form::plain},
-                             {768, 768, Form::add}})
+                             {768, 768, Form::add},
+                             {2304, 768, Form::norm},
+                             {40, 200, Form::norm},
+                             {40, 1600, Form::norm}})
     for (DType dtype : kTypes)
       rows_layer::expect_rows_alone(ctx_, dtype, sizes.out, sizes.in,
                                     sizes.form == Form::plain ? DType::f32 : dtype, sizes.form);

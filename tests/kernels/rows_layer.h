@@ -15,12 +15,18 @@ using kernels::DType;
 using kernels::Tensor;
 using support::TensorBuffer;
 
-enum class Form { plain, gelu, add };  // y = linear(x), gelu of it, or its sum with a residual
+// y = linear(x), gelu of it, its sum with a residual, or linear(norm(x)).
+enum class Form { plain, gelu, add, norm };
 
 struct RowsLayer {
-  TensorBuffer matrix, bias, panels;
+  TensorBuffer matrix, bias, panels, gain, shift;
   RowsLayer(const Context& ctx, DType dtype, int64_t out, int64_t in)
-      : matrix(dtype, {out, in}, ctx.device), bias(dtype, {out}, ctx.device) {
+      : matrix(dtype, {out, in}, ctx.device),
+        bias(dtype, {out}, ctx.device),
+        gain(dtype, {in}, ctx.device),
+        shift(dtype, {in}, ctx.device) {
+    gain.fill_normal(6);
+    shift.fill_normal(7);
     matrix.fill_normal(1, 0.2);
     bias.fill_normal(2);
     panels = TensorBuffer(dtype, kernels::panels_shape(matrix), ctx.device);
@@ -31,6 +37,17 @@ struct RowsLayer {
     kernels::pack_panels(ctx, matrix, view);
   }
   kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
+  void norm_linear(Context ctx, const Tensor& x, const Tensor& y) const {
+    kernels::LinearWeight w = weight();
+    w.norm = {{.kind = kernels::NormKind::layer}, gain, shift};
+    kernels::Arena scratch("scratch", ctx.device);
+    ctx.scratch = &scratch;
+    ctx.rehearsal = true;
+    kernels::linear(ctx, x, w, y);
+    scratch.place();
+    ctx.rehearsal = false;
+    kernels::linear(ctx, x, w, y);
+  }
   // Bytes of y.
   std::vector<char> rows_of(const Context& ctx, const Tensor& x, DType y_type, Form form = Form::plain,
                             const Tensor& residual = {}) const {
@@ -39,6 +56,8 @@ struct RowsLayer {
       kernels::linear_gelu(ctx, x, weight(), {}, y);
     else if (form == Form::add)
       kernels::linear_add(ctx, x, weight(), residual, y);
+    else if (form == Form::norm)
+      norm_linear(ctx, x, y);
     else
       kernels::linear(ctx, x, weight(), y);
     return y.bytes();

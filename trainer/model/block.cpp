@@ -90,28 +90,27 @@ void Block::forward(const Context& ctx, const Tensor& x, const RowPlan& plan, At
                     Saved& saved, kernels::Arena& arena) const {
   saved = allocate(arena, x.rows(), x.dtype);
   const bool alone = plan.decoding();
-  attention_norm_.forward(ctx, x, saved.attention_in, saved.attention_statistics);
-  qkv_.forward(ctx, saved.attention_in, saved.qkv, alone);
+  qkv_.forward(ctx, {attention_norm_, x, saved.attention_in, saved.attention_statistics}, saved.qkv, alone);
   rotate(ctx, saved.qkv, plan, 1);
   if (plan.decoding())
     attention_->decode(ctx, split(saved.qkv, plan), *plan.rows, *state, saved.attention_out);
   else
     attention_->forward(ctx, split(saved.qkv, plan), saved.attention_out, saved.attention, arena);
 
-  add_attention(ctx, x, saved, alone);
-  mlp_.forward(ctx, saved.mlp_in, saved.middle, y, saved.mlp, alone);
+  mlp_.forward(ctx, add_attention(ctx, x, saved, alone), saved.middle, y, saved.mlp, alone);
 }
 
 // A GPU's matrix product adds the residual; on the CPU the norm does.
-void Block::add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const {
+LayerInput Block::add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const {
   if (ctx.device.is_cuda()) {
     output_.forward_add(ctx, saved.attention_out, x, saved.middle, alone);
-    return mlp_norm_.forward(ctx, saved.middle, saved.mlp_in, saved.mlp_statistics);
+    return {mlp_norm_, saved.middle, saved.mlp_in, saved.mlp_statistics};
   }
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor branch = ctx.scratch->allocate("branch", x.dtype, x.shape);
   output_.forward(ctx, saved.attention_out, branch, alone);
   mlp_norm_.forward(ctx, x, branch, saved.middle, saved.mlp_in, saved.mlp_statistics);
+  return saved.mlp_in;
 }
 
 void Block::backward_attention(const Context& ctx, const RowPlan& plan, const Saved& saved, const Tensor& d,

@@ -55,8 +55,8 @@ class Block {
   // q, k and v as views of (N, (H + 2 Hk) D).
   AttentionInput split(const Tensor& qkv, const RowPlan& plan) const;
   void rotate(const Context& ctx, const Tensor& qkv, const RowPlan& plan, int direction) const;
-  // The attention's output projection and what follows up to the MLP: middle and mlp_in.
-  void add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const;
+  // The attention's output projection and what follows up to the MLP, whose input it returns.
+  LayerInput add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const;
   void backward_attention(const Context& ctx, const RowPlan& plan, const Saved& saved, const Tensor& d,
                           Tensor dattention_in) const;
 

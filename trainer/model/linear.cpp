@@ -28,24 +28,28 @@ int64_t Linear::bytes() const {
   return outputs() * inputs() * static_cast<int64_t>(kernels::size_of(store_->compute()));
 }
 
-kernels::LinearWeight Linear::weight(bool rows_alone) const {
+kernels::LinearWeight Linear::weight(bool rows_alone, const Norm* norm) const {
   kernels::LinearWeight w{store_->fused_weight(first_, last_), {}, {}};
   if (bias_ >= 0) w.bias = store_->fused_weight(bias_, last_bias_);
   if (!rows_alone) return w;
   if (!panels_) throw kernels::ShapeError("decoding needs packed weights: call prepare_decoding first");
   w.panels = panels_;
+  if (norm) norm->put_ahead(w);
   return w;
 }
 
-void Linear::forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone) const {
-  const kernels::LinearWeight w = weight(rows_alone);
+void Linear::forward(const Context& ctx, const LayerInput& in, Tensor y, bool rows_alone) const {
+  const kernels::LinearWeight w = weight(rows_alone, in.norm);
+  const Tensor x = rows_alone ? in.x : in.computed(ctx);
   for_parts(x.rows(), rows_alone, [&](int64_t begin, int64_t count) {
     kernels::linear(ctx, x.slice(begin, count), w, y.slice(begin, count));
   });
 }
 
-void Linear::forward_gelu(const Context& ctx, const Tensor& x, Tensor pre, Tensor y, bool rows_alone) const {
-  const kernels::LinearWeight w = weight(rows_alone);
+void Linear::forward_gelu(const Context& ctx, const LayerInput& in, Tensor pre, Tensor y,
+                          bool rows_alone) const {
+  const kernels::LinearWeight w = weight(rows_alone, in.norm);
+  const Tensor x = rows_alone ? in.x : in.computed(ctx);
   for_parts(x.rows(), rows_alone, [&](int64_t begin, int64_t count) {
     kernels::linear_gelu(ctx, x.slice(begin, count), w, pre ? pre.slice(begin, count) : Tensor{},
                          y.slice(begin, count));

@@ -1,7 +1,7 @@
 #pragma once
 // A linear layer: views of one matrix, or of several consecutive ones seen as one, and perhaps of its bias.
 #include "kernels/ops/linear.h"
-#include "trainer/model/parameters.h"
+#include "trainer/model/norm.h"
 
 namespace trainer {
 
@@ -14,9 +14,11 @@ class Linear {
   int64_t outputs() const;
   int64_t inputs() const;
   // A matrix product; or, with `rows_alone` and after pack(), each row computed as if it stood alone.
-  void forward(const Context& ctx, const Tensor& x, Tensor y, bool rows_alone = false) const;
+  // Rows alone have no backward: their norm need not be written.
+  void forward(const Context& ctx, const LayerInput& in, Tensor y, bool rows_alone = false) const;
   // y = gelu(pre) of that product, which is written to `pre` unless it is empty.
-  void forward_gelu(const Context& ctx, const Tensor& x, Tensor pre, Tensor y, bool rows_alone = false) const;
+  void forward_gelu(const Context& ctx, const LayerInput& in, Tensor pre, Tensor y,
+                    bool rows_alone = false) const;
   // y = residual + that product; y is not the residual.
   void forward_add(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y,
                    bool rows_alone = false) const;
@@ -31,7 +33,7 @@ class Linear {
   int64_t bytes() const;
 
  private:
-  kernels::LinearWeight weight(bool rows_alone) const;
+  kernels::LinearWeight weight(bool rows_alone, const Norm* norm = nullptr) const;
 
   ParameterStore* store_ = nullptr;
   int first_ = -1, last_ = -1, bias_ = -1, last_bias_ = -1;

@@ -26,7 +26,7 @@ void Mlp::allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& save
   saved.activated = arena.allocate("mlp activated", dtype, {rows, down_.inputs()});
 }
 
-void Mlp::forward(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y, Saved& saved,
+void Mlp::forward(const Context& ctx, const LayerInput& x, const Tensor& residual, Tensor y, Saved& saved,
                   bool rows_alone) const {
   if (gated_) {
     expand_.forward(ctx, x, saved.expanded, rows_alone);

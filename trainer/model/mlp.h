@@ -20,7 +20,7 @@ class Mlp {
   Mlp(ParameterStore& store, const configs::ModelConfig& model, const std::string& prefix, float deviation);
   void allocate(kernels::Arena& arena, DType dtype, int64_t rows, Saved& saved) const;
   // y = residual + mlp(x); y is not the residual.
-  void forward(const Context& ctx, const Tensor& x, const Tensor& residual, Tensor y, Saved& saved,
+  void forward(const Context& ctx, const LayerInput& x, const Tensor& residual, Tensor y, Saved& saved,
                bool rows_alone) const;
   void backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved, Tensor dx) const;
   void pack(const Context& ctx, kernels::Arena& panels);

@@ -21,6 +21,12 @@ Norm Norm::per_head(ParameterStore& store, double eps, int64_t groups, int64_t s
   return norm;
 }
 
+Tensor LayerInput::computed(const Context& ctx) const {
+  if (!norm) return x;
+  norm->forward(ctx, x, normed, statistics);
+  return normed;
+}
+
 Tensor Norm::allocate_statistics(kernels::Arena& arena, int64_t rows) const {
   return arena.allocate("norm statistics", kernels::main_dtype(store_->compute()), {rows, params_.groups, 2});
 }

@@ -3,10 +3,25 @@
 #include <string>
 
 #include "configs/config.h"
-#include "kernels/ops/norm.h"
+#include "kernels/ops/linear.h"
 #include "trainer/model/parameters.h"
 
 namespace trainer {
+
+class Norm;
+
+// What a layer reads: a tensor, or the norm of one, which is computed with the layer.
+struct LayerInput {
+  LayerInput(const Tensor& x) : x(x) {}
+  LayerInput(const Norm& norm, const Tensor& x, const Tensor& normed, const Tensor& statistics)
+      : x(x), norm(&norm), normed(normed), statistics(statistics) {}
+  // x, or its norm, written to `normed` and `statistics` as the backward needs them.
+  Tensor computed(const Context& ctx) const;
+
+  Tensor x;
+  const Norm* norm = nullptr;
+  Tensor normed, statistics;
+};
 
 class Norm {
  public:
@@ -20,6 +35,8 @@ class Norm {
   int first_parameter() const { return gain_; }
   Tensor allocate_statistics(kernels::Arena& arena, int64_t rows) const;  // (N, groups, 2)
   void forward(const Context& ctx, const Tensor& x, Tensor y, Tensor statistics) const;
+  // Makes a layer read norm(x).
+  void put_ahead(kernels::LinearWeight& w) const { w.norm = {params_, store_->weight(gain_), bias()}; }
   // sum = residual + branch, y = norm(sum).
   void forward(const Context& ctx, const Tensor& residual, const Tensor& branch, Tensor sum, Tensor y,
                Tensor statistics) const;

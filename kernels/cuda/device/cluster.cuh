@@ -44,9 +44,10 @@ __device__ __forceinline__ const T* cluster_shared(const T* mine, uint32_t rank)
 #endif
 }
 
-// Until everything ahead in the stream has ended and its results can be read. Every block of a kernel
-// launched as `dependent` calls this, before it touches anything that another kernel of the stream reads or
-// writes. Parameters alone may be read before: kernels that write them are not followed early.
+// Until everything ahead in the stream has ended and its results can be read. A block of a kernel launched as
+// `dependent` calls this before it touches anything that another kernel of the stream reads or writes.
+// Parameters may be read before, as kernels that write them are not followed early; and what an operation's
+// header says. Only a block that writes nothing may end without it.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

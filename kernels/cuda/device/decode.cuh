@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/decode.h"
+#include "kernels/cuda/device/element.cuh"
 
 namespace kernels::cuda {
 
@@ -71,13 +72,17 @@ struct SoftmaxDecode {
                             int place) const {
     return stored(cache_v, cache_v_stride, v, v_stride, sequence, key_head, length, first, mask, place);
   }
-  // Puts element c of one head of a new row into its slot. Nobody reads that slot in the same launch.
+  // Puts N elements of one head of a new row, from c on, into its slot. Nobody reads that slot in the same
+  // launch.
+  template <int N>
   __device__ void append(int sequence, int key_head, int length, int first, int row, int c) const {
     const int slot = length + row;
     if (slot >= capacity) return;
     const int64_t column = int64_t{key_head} * width + c, at = int64_t{slot} * key_heads * width + column;
-    cache_k[sequence * cache_k_stride + at] = k[(first + row) * k_stride + column];
-    cache_v[sequence * cache_v_stride + at] = v[(first + row) * v_stride + column];
+    const auto key = load_vector<T, N>(k + (first + row) * k_stride + column);
+    const auto value = load_vector<T, N>(v + (first + row) * v_stride + column);
+    store_vector(cache_k + sequence * cache_k_stride + at, key);
+    store_vector(cache_v + sequence * cache_v_stride + at, value);
   }
 };
 

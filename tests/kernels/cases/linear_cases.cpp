@@ -127,6 +127,29 @@ OpCase add_case(std::string name, LinearShape s, bool bias, bool rows_alone) {
   return op;
 }
 
+// Decoding's form with a norm ahead, which is computed with the layer or by itself.
+OpCase rows_norm_case(std::string name, LinearShape s, bool layer, bool gelu) {
+  OpCase op = rows_case(std::move(name), s, true, Type::compute);
+  op.inputs.push_back({.name = "gain", .shape = {s.in}, .scale = 0.5, .offset = 1});
+  op.inputs.push_back({.name = "shift", .shape = {s.in}});
+  op.forward = [=](const kernels::Context& ctx, const OpTensors& t) {
+    const kernels::ArenaScope scope(*ctx.scratch);
+    kernels::LinearWeight w = weight_of(t, true);
+    w.panels = ctx.scratch->allocate("panels", w.matrix.dtype, kernels::panels_shape(w.matrix));
+    kernels::pack_panels(ctx, w.matrix, w.panels);
+    w.norm = {{.kind = layer ? kernels::NormKind::layer : kernels::NormKind::rms, .eps = 1e-3f},
+              t["gain"],
+              layer ? t["shift"] : kernels::Tensor{}};
+    if (gelu)
+      kernels::linear_gelu(ctx, t["x"], w, {}, t["y"]);
+    else
+      kernels::linear(ctx, t["x"], w, t["y"]);
+  };
+  op.forward_roundings = gelu ? 3 : 2;  // the norm, the sum
+  op.sum_length = 2 * s.in;
+  return op;
+}
+
 // More rows than a GPU's grid has in its second dimension.
 OpCase very_many_rows() {
   OpCase op = linear_case("very_many_rows", {.rows = 65600, .in = 3, .out = 2}, true, Type::compute,
@@ -161,6 +184,11 @@ std::vector<OpCase> linear_cases() {
       add_case("add", {.rows = 40, .in = 64, .out = 96}, true, false),
       add_case("add_odd", {.rows = 9, .in = 21, .out = 37, .padding = 3}, false, false),
       add_case("rows_add", {.rows = 5, .in = 40, .out = 70}, true, true),
+      rows_norm_case("rows_norm", {.rows = 3, .in = 768, .out = 50}, true, false),
+      rows_norm_case("rows_norm_part", {.rows = 21, .in = 168, .out = 37}, false, true),
+      rows_norm_case("rows_norm_many", {.rows = 64, .in = 720, .out = 20, .padding = 8}, true, true),
+      rows_norm_case("rows_norm_apart", {.rows = 5, .in = 37, .out = 33, .padding = 3}, true, false),
+      rows_norm_case("rows_norm_long", {.rows = 33, .in = 1600, .out = 33}, true, false),
       add_case("rows_add_long", {.rows = 19, .in = 1600, .out = 37, .padding = 3}, false, true),
   };
 }
