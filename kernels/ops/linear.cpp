@@ -33,6 +33,8 @@ void check_forward(const char* operation, const Tensor& x, const LinearWeight& w
     check_shape(operation, "panels", w.panels, panels_shape(w.matrix));
     check_dtype(operation, "panels", w.panels, x.dtype);
   }
+  if (w.norm.gain) check_shape(operation, "norm.gain", w.norm.gain, Shape{in});
+  if (w.norm.bias) check_shape(operation, "norm.bias", w.norm.bias, Shape{in});
 }
 
 void check_backward_input(const char* operation, const Tensor& dy, const Tensor& matrix, const Tensor& dx) {

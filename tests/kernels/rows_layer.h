@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/ops/linear.h"
+#include "tests/support/rehearsed.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace rows_layer {
@@ -37,16 +38,10 @@ struct RowsLayer {
     kernels::pack_panels(ctx, matrix, view);
   }
   kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
-  void norm_linear(Context ctx, const Tensor& x, const Tensor& y) const {
+  void norm_linear(const Context& ctx, const Tensor& x, const Tensor& y) const {
     kernels::LinearWeight w = weight();
     w.norm = {{.kind = kernels::NormKind::layer}, gain, shift};
-    kernels::Arena scratch("scratch", ctx.device);
-    ctx.scratch = &scratch;
-    ctx.rehearsal = true;
-    kernels::linear(ctx, x, w, y);
-    scratch.place();
-    ctx.rehearsal = false;
-    kernels::linear(ctx, x, w, y);
+    support::run_rehearsed(ctx.device, ctx.stream, [&](const Context& c) { kernels::linear(c, x, w, y); });
   }
   // Bytes of y.
   std::vector<char> rows_of(const Context& ctx, const Tensor& x, DType y_type, Form form = Form::plain,
