@@ -93,7 +93,7 @@ __device__ __forceinline__ void finish(const RowsCall& a, int panel, const Share
   if (blocks > 1) {
 #pragma unroll 1
     for (int e = threadIdx.x; e < elements; e += kThreads) block_sum[e] = sum_of_warps(e);
-    cluster_sync();
+    cluster_sync_shared();
   }
 #pragma unroll
   for (int i = 0; i < outputs.kCount; ++i) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ void finish(const RowsCall& a, int panel, const Share
   }
   // Before the sums are overwritten, and before a block leaves while others read them.
   if (blocks > 1)
-    cluster_sync();
+    cluster_sync_shared();
   else
     __syncthreads();
 }
@@ -139,10 +139,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kColumns, kInput>) rows
 #pragma unroll
     for (int p = 0; p < kSide; ++p) outputs[p].load_bias(a, at + p);
   };
-  product.fetch(a, panel, first, warp, lane);
-  if constexpr (kNorm) fetch_norm<T>(a, norm);
-  load_biases(panel);
   let_next_start();
+  product.fetch(a, panel, first, warp, lane);
+  NormShares shares;
+  if constexpr (kNorm) {
+    fetch_norm<T>(a, norm);
+    shares.compute(a, warp, lane);
+  }
+  load_biases(panel);
   wait_for_previous();
   for (; panel < a.panels; panel += step) {
     if constexpr (!kNorm)
@@ -153,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kColumns, kInput>) rows
       if (loaded != s) {
         product.load_x(a, slice, warp, lane);
         if constexpr (kNorm)
-          product.normalise(a, warp, lane, reinterpret_cast<float2(*)[kColumns * 8]>(block_sum), norm);
+          product.normalise(a, shares, warp, lane, reinterpret_cast<float2(*)[kColumns * 8]>(block_sum),
+                            norm);
       }
       loaded = s;
       if (s == rank) product.clear();
@@ -275,7 +280,8 @@ void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
                    .gain = w.norm.gain.data,
                    .shift = w.norm.bias.data,
                    .layer = w.norm.params.kind == NormKind::layer,
-                   .eps = w.norm.params.eps};
+                   .eps = w.norm.params.eps,
+                   .share = 1.0f / static_cast<float>(x.cols())};
   const bool vectors = has_vectors(x);
   visit_device_dtype(x.dtype, [&](auto tag) {
     using T = decltype(tag);

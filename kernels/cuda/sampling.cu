@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(kThreads, 2) argmax_kernel(const Logits<T> log
   }
   best = block_reduce<Max, Key>(best, reduction, 0);
   if (threadIdx.x == 0) best_of_block = best;
-  cluster_sync();
+  cluster_sync_shared();
   if (share.rank == 0 && threadIdx.x < 32) {
     const int other = min(static_cast<int>(threadIdx.x), share.blocks - 1);
     best = warp_reduce<Max>(*cluster_shared(&best_of_block, static_cast<uint32_t>(other)));
     if (threadIdx.x == 0) tokens[share.row] = index_of(best);
   }
-  cluster_sync();  // no block leaves while its result is read
+  cluster_sync_shared();  // no block leaves while its result is read
 }
 
 // The same value in every thread of the cluster: blocks in the order of their ranks.

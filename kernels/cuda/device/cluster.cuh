@@ -32,6 +32,19 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// The same for shared memory alone, which does not wait for global memory. What was read of other blocks has
+// to have been used.
+__device__ __forceinline__ void cluster_sync_shared() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n\t"
+      "barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // The address of another block's copy of one of this block's shared variables.
 template <typename T>
 __device__ __forceinline__ const T* cluster_shared(const T* mine, uint32_t rank) {

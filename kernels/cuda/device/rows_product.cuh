@@ -26,7 +26,7 @@ struct RowsCall {
   bool gelu, y_fp32;
   const void *gain, *shift;  // of a norm ahead: null where there is none
   bool layer;
-  float eps;
+  float eps, share;  // share: 1 / in
 
   // Inputs of a warp where a block has all of them.
   __device__ int columns_of(int warp) const {
@@ -62,6 +62,19 @@ __device__ __forceinline__ uint4 load_weights(const void* p) {
                : "l"(p), "l"(policy));
   return v;
 }
+
+// What a norm puts moments together with: 1 / this warp's inputs, and the inputs of the two warps whose
+// moments this lane reads. Computed ahead of waiting.
+struct NormShares {
+  static constexpr int kApart = kWarps / 2;
+  float own, low, high;
+  __device__ void compute(const RowsCall& a, int warp, int lane) {
+    own = __fdividef(1.0f, static_cast<float>(max(a.columns_of(warp), 1)));
+    low = static_cast<float>(a.columns_of(lane % 4));
+    high = static_cast<float>(a.columns_of(lane % 4 + kApart));
+    asm volatile("" : "+f"(own), "+f"(low), "+f"(high));  // here, and not where they are used
+  }
+};
 
 // Sum over the four lanes that share a row of x.
 __device__ __forceinline__ float quad_sum(float x) {
@@ -145,7 +158,7 @@ struct WarpProduct {
   }
   // x becomes its norm. Of every row a warp gives the mean of its inputs and the squares around it; they are
   // put together in an order that depends on the number of inputs alone.
-  __device__ __forceinline__ void normalise(const RowsCall& a, int warp, int lane,
+  __device__ __forceinline__ void normalise(const RowsCall& a, const NormShares& n, int warp, int lane,
                                             float2 (*moments)[kColumns * 8],
                                             const uint4 (*norm)[kNormVectors]) {
     const auto column = [&](int i) {
@@ -160,28 +173,24 @@ struct WarpProduct {
           for (int j = 0; j < 8; ++j) all = term(all, to_float(reinterpret_cast<const T*>(&x[i][c])[j]));
       return quad_sum(all);
     };
-    const float share = 1.0f / static_cast<float>(max(a.columns_of(warp), 1));
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       float mean = 0;
-      if (a.layer) mean = __fmul_rn(sum_of(c, [](float s, float v) { return s + v; }), share);
+      if (a.layer) mean = __fmul_rn(sum_of(c, [](float s, float v) { return s + v; }), n.own);
       const float squares = sum_of(c, [&](float s, float v) { return fmaf(v - mean, v - mean, s); });
       if (lane % 4 == 0) moments[warp][c * 8 + lane / 4] = {mean, squares};
     }
     wait_copies<0>();
     __syncthreads();
-    constexpr int kApart = kWarps / 2;
-    const float n0 = static_cast<float>(a.columns_of(lane % 4)),
-                n1 = static_cast<float>(a.columns_of(lane % 4 + kApart)), n = static_cast<float>(a.in);
     float mean[kColumns], r[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float2 m0 = moments[lane % 4][c * 8 + lane / 4],
-                   m1 = moments[lane % 4 + kApart][c * 8 + lane / 4];
-      mean[c] = quad_sum(fmaf(n1, m1.x, __fmul_rn(n0, m0.x))) / n;
+                   m1 = moments[lane % 4 + n.kApart][c * 8 + lane / 4];
+      mean[c] = __fmul_rn(quad_sum(fmaf(n.high, m1.x, __fmul_rn(n.low, m0.x))), a.share);
       const float d0 = m0.x - mean[c], d1 = m1.x - mean[c];
-      const float squares = fmaf(__fmul_rn(n0, d0), d0, m0.y) + fmaf(__fmul_rn(n1, d1), d1, m1.y);
-      r[c] = 1.0f / sqrtf(quad_sum(squares) / n + a.eps);
+      const float squares = fmaf(__fmul_rn(n.low, d0), d0, m0.y) + fmaf(__fmul_rn(n.high, d1), d1, m1.y);
+      r[c] = rsqrtf(fmaf(quad_sum(squares), a.share, a.eps));
     }
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
