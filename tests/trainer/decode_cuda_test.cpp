@@ -6,6 +6,7 @@
 #include "tests/trainer/decode_model.h"
 #include "trainer/decode/costs.h"
 #include "trainer/decode/decoder.h"
+#include "trainer/decode/repetition.h"
 
 namespace trainer {
 namespace {
@@ -67,6 +68,14 @@ std::vector<TinyOptions> models() {
       options.mtp = compute == std::string("fp16") ? 2 : 1;
       all.push_back(options);
     }
+  // Heads of 32: attention on tensor cores.
+  for (const char* compute : {"fp16", "bf16"}) {
+    TinyOptions options;
+    options.attention = "softmax,linear";
+    options.compute = compute;
+    options.width = 128;
+    all.push_back(options);
+  }
   return all;
 }
 
@@ -87,6 +96,27 @@ TEST_F(DecodeCuda, GreedyTextIsThatOfPlainDecoding) {
       }
     }
     EXPECT_TRUE(decoder.captured());
+  }
+}
+
+// With the guard against loops too, which looks at other logits than the largest.
+TEST_F(DecodeCuda, GuardedTextIsThatOfPlainDecoding) {
+  TinyOptions options;
+  options.compute = "fp16";
+  options.width = 128;
+  const auto model = on_gpu(options, true);
+  Decoder decoder(kOnGpu, *model, 1, kCapacity);
+  DecodeSettings guarded = settings();
+  guarded.no_repeat = 2;
+  const Prompts prompts = {random_tokens(20, 9)};
+  const DecodeRun plain = decoder.run(prompts, guarded);
+  EXPECT_NE(texts(plain), texts(decoder.run(prompts, settings()))) << "nothing was refused";
+  const std::vector<int32_t>& tokens = plain.sequences[0].tokens;
+  for (size_t i = 0; i < tokens.size(); ++i)
+    EXPECT_FALSE(repeats_run({tokens.data(), i}, tokens[i], guarded.no_repeat)) << "at " << i;
+  for (const DrafterKind& kind : drafters()) {
+    const auto drafter = make_drafter(decoder, kind.name, model->config().decode);
+    EXPECT_EQ(texts(decoder.run(prompts, guarded, drafter.get())), texts(plain)) << kind.name;
   }
 }
 

@@ -12,13 +12,13 @@ namespace trainer::decode_test {
 
 struct TinyOptions {
   std::string attention = "linear,softmax", compute = "fp32", position = "rope", medusa_vocabulary = "shared";
-  int64_t medusa = 3, mtp = 1, context = 256, vocabulary = 40;
+  int64_t medusa = 3, mtp = 1, context = 256, vocabulary = 40, width = 32;
   double sharpness = 3;  // of the predictions
 };
 
 inline configs::Config tiny_config(const TinyOptions& options) {
   configs::Config config = support::tiny_config();
-  config.model.width = 32;
+  config.model.width = options.width;
   config.model.ffn_width = 48;
   config.model.context = options.context;
   config.model.tie_embeddings = false;
