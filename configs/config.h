@@ -61,12 +61,16 @@ struct AttentionConfig {
 struct HeadsConfig {
   int64_t medusa = 0, mtp = 0, medusa_layers = 1;
   std::string medusa_vocabulary = "shared";
+  bool medusa_sequential = false;
   double loss_weight = 0.2, loss_decay = 0.8;
   template <typename Visitor>
   void options(Visitor&& v) {
     v(medusa, "medusa", Range{0, 16}, "Medusa heads; head i predicts the token i + 2 ahead, counting from 0");
     v(medusa_layers, "medusa_layers", Range{1, 8}, "residual layers of a Medusa head");
     v(medusa_vocabulary, "medusa_vocabulary", Choices{"shared", "own"}, "unembedding of the Medusa heads");
+    v(medusa_sequential, "medusa_sequential",
+      "Medusa heads also read the tokens between: the one the model chose and the drafts before theirs "
+      "(Hydra)");
     v(mtp, "mtp", Range{0, 8}, "multi-token prediction depths (DeepSeek-V3)");
     v(loss_weight, "loss_weight", Range{0, 10},
       "weight of the extra heads' losses; the language model's is 1");

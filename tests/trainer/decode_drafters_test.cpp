@@ -7,6 +7,7 @@
 #include "kernels/ops/sampling.h"
 #include "tests/trainer/decode_model.h"
 #include "trainer/decode/decoder.h"
+#include "trainer/decode/drafters/medusa.h"
 #include "trainer/decode/step_rows.h"
 
 namespace trainer {
@@ -16,16 +17,15 @@ using decode_test::random_tokens;
 using decode_test::tiny_model;
 using decode_test::TinyOptions;
 
-// Hands everything on to a drafter, keeps the hidden states of the text, and compares each proposal with
-// `expected`.
+// Hands everything on to a drafter, keeps the hidden states of the text, and has each proposal checked.
 class CheckedDrafter : public Drafter {
  public:
-  // The drafts for a text whose last token is the root; hidden (rows of the text before it, C).
-  using Expected =
-      std::function<std::vector<int32_t>(const Context&, std::vector<int32_t>, const Tensor& hidden)>;
-  CheckedDrafter(std::unique_ptr<Drafter> inner, const Model& model, Expected expected)
+  // Of a text whose last token is the root; hidden (rows of the text before it, C).
+  using Check = std::function<void(const Context&, const std::vector<int32_t>& text, const Tensor& hidden,
+                                   const DraftTree&)>;
+  CheckedDrafter(std::unique_ptr<Drafter> inner, const Model& model, Check check)
       : inner_(std::move(inner)),
-        expected_(std::move(expected)),
+        check_(std::move(check)),
         values_(512 * model.width()),
         hidden_(values_.data(), DType::f32, {512, model.width()}) {}
 
@@ -41,14 +41,9 @@ class CheckedDrafter : public Drafter {
                std::span<DraftTree> trees) override {
     inner_->propose(ctx, views, settings, trees);
     const std::vector<int32_t> text(views[0].tokens.begin(), views[0].tokens.end());
-    const auto expected = expected_(ctx, text, hidden_.slice(0, views[0].root_position()));
-    std::vector<int32_t> proposed;
-    for (int node = 1; node < trees[0].size(); ++node) proposed.push_back(trees[0].token(node));
-    const int64_t wanted = std::min({max_drafts(), views[0].max_depth, views[0].max_drafts});
-    ASSERT_LE(proposed.size(), expected.size());
-    EXPECT_TRUE(std::equal(proposed.begin(), proposed.end(), expected.begin())) << "root " << text.size() - 1;
+    check_(ctx, text, hidden_.slice(0, views[0].root_position()), trees[0]);
+    full_ += trees[0].drafts() == std::min({max_drafts(), views[0].max_depth, views[0].max_drafts});
     accept_some(views[0], trees[0]);
-    full_ += static_cast<int64_t>(proposed.size()) == wanted;
     steps_ += 1;
   }
   // Drafts that will be accepted take the place of the proposed ones, so that steps commit several rows.
@@ -68,42 +63,137 @@ class CheckedDrafter : public Drafter {
   }
 
   std::unique_ptr<Drafter> inner_;
-  Expected expected_;
+  Check check_;
   std::vector<int32_t> text_;
   std::vector<float> values_;
   Tensor hidden_;
   int64_t full_ = 0, steps_ = 0;
 };
 
-int32_t best_token(const Context& ctx, const Model& model, const Tensor& hidden, int64_t medusa_head = -1) {
+int32_t best_token(const Context& ctx, const Model& model, const Tensor& hidden) {
   std::vector<float> logits(model.vocabulary());
   int32_t best = -1;
-  model.logits(ctx, hidden, Tensor(logits.data(), DType::f32, {1, model.vocabulary()}), medusa_head);
+  model.logits(ctx, hidden, Tensor(logits.data(), DType::f32, {1, model.vocabulary()}));
   kernels::argmax(ctx, Tensor(logits.data(), DType::f32, {1, model.vocabulary()}),
                   Tensor(&best, DType::i32, {1}));
   return best;
 }
 
-TEST(Drafters, MedusaProposesEachHeadsBest) {
+void expect_chain(const DraftTree& tree, const std::vector<int32_t>& expected) {
+  ASSERT_LE(tree.drafts(), static_cast<int>(expected.size()));
+  for (int node = 1; node < tree.size(); ++node) {
+    EXPECT_EQ(tree.parent(node), node - 1);
+    EXPECT_EQ(tree.token(node), expected[static_cast<size_t>(node) - 1]) << "draft " << node;
+  }
+}
+
+// The best tokens below a node as the Medusa heads of a model rank them.
+class MedusaReference {
+ public:
+  explicit MedusaReference(const Model& model) : model_(model) {}
+
+  // Of a head, with the tokens from the root to the node; hidden is the row before the root.
+  std::vector<int32_t> ranked(const Context& ctx, std::vector<int32_t> path, const Tensor& hidden) const {
+    const int64_t head = static_cast<int64_t>(path.size()) - 1, vocabulary = model_.vocabulary();
+    std::vector<float> row(model_.width()), logits(vocabulary);
+    std::vector<int32_t> ranked(vocabulary);
+    const Tensor out(row.data(), DType::f32, {1, model_.width()});
+    const Tensor values(logits.data(), DType::f32, {1, vocabulary});
+    model_.medusa_hidden(ctx, head, hidden, Tensor(path.data(), DType::i32, {1, head + 1}), out);
+    model_.logits(ctx, out, values, head);
+    kernels::top_k(ctx, values, Tensor(ranked.data(), DType::i32, {1, vocabulary}));
+    return ranked;
+  }
+
+  // Every draft is the best of its head that no sibling before it has taken.
+  void check(const Context& ctx, const Tensor& hidden, const DraftTree& tree) {
+    for (int node = 0; node < tree.size(); ++node) {
+      std::vector<int32_t> path, below;
+      for (int n = node; n >= 0; n = tree.parent(n)) path.insert(path.begin(), tree.token(n));
+      for (int n = node + 1; n < tree.size(); ++n)
+        if (tree.parent(n) == node) below.push_back(tree.token(n));
+      if (below.empty()) continue;
+      const std::vector<int32_t> expected = ranked(ctx, path, hidden);
+      EXPECT_TRUE(std::equal(below.begin(), below.end(), expected.begin())) << "below node " << node;
+      deepest_ = std::max(deepest_, tree.depth(node) + 1);
+      path.back() = (path.back() + 1) % static_cast<int32_t>(model_.vocabulary());
+      depends_ += ranked(ctx, path, hidden)[0] != expected[0];
+    }
+  }
+  int deepest() const { return deepest_; }
+  // Nodes whose best draft another token in their own place would have changed.
+  int64_t depends() const { return depends_; }
+
+ private:
+  const Model& model_;
+  int deepest_ = 0;
+  int64_t depends_ = 0;
+};
+
+TEST(Drafters, MedusaProposesTheBestOfEachHead) {
   const Context ctx;
-  const auto model = tiny_model({});
+  for (const bool sequential : {false, true})
+    for (const char* name : {"medusa", "medusa_tree"}) {
+      TinyOptions options;
+      options.medusa_sequential = sequential;
+      const auto model = tiny_model(options);
+      Decoder decoder(ctx, *model, 1, 256);
+      configs::DecodeConfig config = model->config().decode;
+      config.tree_nodes = 24;
+      MedusaReference reference(*model);
+      CheckedDrafter checked(
+          make_drafter(decoder, name, config), *model,
+          [&](const Context& inner, const std::vector<int32_t>&, const Tensor& hidden,
+              const DraftTree& tree) { reference.check(inner, hidden.slice(hidden.rows() - 1, 1), tree); });
+      const std::vector<std::vector<int32_t>> prompts = {random_tokens(40, 5)};
+      DecodeSettings settings;
+      settings.max_tokens = 100;
+      decoder.run(prompts, settings, &checked);
+      EXPECT_EQ(reference.deepest(), 3) << name;
+      if (sequential)
+        EXPECT_GT(reference.depends(), checked.steps()) << name;
+      else
+        EXPECT_EQ(reference.depends(), 0) << name;
+      // A chain fills every level; a tree has fewer levels where the text ends or folds.
+      if (std::string(name) == "medusa") {
+        EXPECT_EQ(checked.full(), checked.steps());
+      }
+    }
+}
+
+TEST(Drafters, MedusaProbeCountsWhatTheHeadsSayOfTheText) {
+  const Context ctx;
+  TinyOptions options;
+  options.medusa_sequential = true;
+  const auto model = tiny_model(options);
   Decoder decoder(ctx, *model, 1, 256);
-  CheckedDrafter checked(make_drafter(decoder, "medusa", model->config().decode), *model,
-                         [&](const Context& inner, const std::vector<int32_t>&, const Tensor& hidden) {
-                           std::vector<int32_t> drafts;
-                           std::vector<float> row(model->width());
-                           const Tensor out(row.data(), DType::f32, {1, model->width()});
-                           for (int64_t k = 0; k < 3; ++k) {
-                             model->medusa_hidden(inner, k, hidden.slice(hidden.rows() - 1, 1), out);
-                             drafts.push_back(best_token(inner, *model, out));
-                           }
-                           return drafts;
-                         });
-  const std::vector<std::vector<int32_t>> prompts = {random_tokens(40, 5)};
+  const MedusaReference reference(*model);
+  const std::vector<int32_t> prompt = random_tokens(90, 5);
+  std::vector<std::vector<double>> hits(3, std::vector<double>(MedusaProbe::kRanks));
+  // Row i of head k stands before token i + k + 2; the last one is what the model wrote.
+  const auto count = [&](const Context& inner, const std::vector<int32_t>& text, const Tensor& hidden,
+                         const DraftTree&) {
+    const int64_t size = static_cast<int64_t>(text.size());
+    for (int64_t k = 0; k < 3; ++k)
+      for (int64_t i = 0; i + k + 2 < size; ++i) {
+        const auto first = text.begin() + i + 1;
+        const auto ranked = reference.ranked(inner, {first, first + k + 1}, hidden.slice(i, 1));
+        const auto rank = std::find(ranked.begin(), ranked.end(), first[k + 1]) - ranked.begin();
+        if (rank < MedusaProbe::kRanks) hits[k][rank] += 1.0 / static_cast<double>(size - k - 2);
+      }
+  };
+  CheckedDrafter counting(make_drafter(decoder, "medusa", model->config().decode), *model, count);
+  MedusaProbe probe(ctx, *model);
   DecodeSettings settings;
-  settings.max_tokens = 120;
-  decoder.run(prompts, settings, &checked);
-  EXPECT_EQ(checked.full(), checked.steps());
+  settings.max_tokens = 2;
+  decoder.run({&prompt, 1}, settings, &counting);
+  ASSERT_EQ(counting.steps(), 1);
+  settings.max_tokens = 1;
+  decoder.run({&prompt, 1}, settings, &probe);
+  const auto acceptance = probe.acceptance();
+  for (size_t k = 0; k < 3; ++k)
+    for (size_t r = 0; r < hits[k].size(); ++r)
+      EXPECT_NEAR(acceptance[k][r], hits[k][r], 1e-12) << "head " << k << ", rank " << r;
 }
 
 // Hidden states of every depth over a whole text, from new states: rows 0 to the last one, whose output
@@ -176,9 +266,10 @@ TEST(Drafters, MtpProposesWhatItsDepthsSayOfTheWholeText) {
       const auto model = tiny_model(options);
       Decoder decoder(ctx, *model, 1, 256);
       MtpReference reference(*model, depths);
-      CheckedDrafter checked(make_drafter(decoder, "mtp", model->config().decode), *model,
-                             [&](const Context& inner, const std::vector<int32_t>& text,
-                                 const Tensor& hidden) { return reference.drafts(inner, text, hidden, 4); });
+      CheckedDrafter checked(
+          make_drafter(decoder, "mtp", model->config().decode), *model,
+          [&](const Context& inner, const std::vector<int32_t>& text, const Tensor& hidden,
+              const DraftTree& tree) { expect_chain(tree, reference.drafts(inner, text, hidden, 4)); });
       const std::vector<std::vector<int32_t>> prompts = {random_tokens(50, 5)};
       DecodeSettings settings;
       settings.max_tokens = 100;

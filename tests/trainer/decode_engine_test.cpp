@@ -95,6 +95,7 @@ std::vector<int32_t> joined(const std::vector<int32_t>& prompt, const DecodedSeq
 struct Case {
   std::string attention, compute;
   int64_t mtp;
+  bool sequential = false;
 };
 
 class Speculation : public testing::TestWithParam<Case> {
@@ -104,6 +105,7 @@ class Speculation : public testing::TestWithParam<Case> {
     options.attention = GetParam().attention;
     options.compute = GetParam().compute;
     options.mtp = GetParam().mtp;
+    options.medusa_sequential = GetParam().sequential;
     model_ = tiny_model(options);
   }
   std::unique_ptr<Model> model_;
@@ -200,7 +202,7 @@ TEST_P(Speculation, ABatchIsItsSequencesAlone) {
 
 INSTANTIATE_TEST_SUITE_P(Decode, Speculation,
                          testing::Values(Case{"linear", "fp32", 1}, Case{"softmax", "fp16", 2},
-                                         Case{"linear,softmax", "fp16", 3}),
+                                         Case{"linear,softmax", "fp16", 3, true}),
                          [](const auto& info) {
                            std::string name = info.param.attention + "_" + info.param.compute;
                            std::replace(name.begin(), name.end(), ',', '_');
@@ -255,21 +257,27 @@ TEST(Decoder, OwnVocabularyLayersDraftLosslessly) {
   const kernels::Context ctx;
   TinyOptions options;
   options.medusa_vocabulary = "own";
-  const auto model = tiny_model(options);
-  Decoder decoder(ctx, *model, 1, kCapacity);
-  const Prompts prompts = {random_tokens(20, 6)};
-  const auto plain = decoder.run(prompts, greedy(80)).sequences[0].tokens;
-  for (const char* name : {"medusa", "medusa_tree"}) {
-    const auto drafter = make_drafter(decoder, name, model->config().decode);
-    EXPECT_EQ(decoder.run(prompts, greedy(80), drafter.get()).sequences[0].tokens, plain) << name;
+  for (const bool sequential : {false, true}) {
+    options.medusa_sequential = sequential;
+    const auto model = tiny_model(options);
+    Decoder decoder(ctx, *model, 1, kCapacity);
+    const Prompts prompts = {random_tokens(20, 6)};
+    const auto plain = decoder.run(prompts, greedy(80)).sequences[0].tokens;
+    for (const char* name : {"medusa", "medusa_tree"}) {
+      const auto drafter = make_drafter(decoder, name, model->config().decode);
+      EXPECT_EQ(decoder.run(prompts, greedy(80), drafter.get()).sequences[0].tokens, plain) << name;
+    }
   }
 }
 
 // The first three sampled tokens of many seeds, speculated and plain, come from one distribution (two-sample
 // chi-square on each position's marginal and on the pair of the first two; p-value 1e-4).
-TEST(Decoder, RejectionSamplingKeepsTheDistribution) {
+class Sampling : public testing::TestWithParam<bool> {};
+
+TEST_P(Sampling, RejectionKeepsTheDistribution) {
   const kernels::Context ctx;
   TinyOptions options;
+  options.medusa_sequential = GetParam();
   options.vocabulary = 6;
   options.sharpness = 0.5;
   const auto model = tiny_model(options);
@@ -291,6 +299,7 @@ TEST(Decoder, RejectionSamplingKeepsTheDistribution) {
   const Counts plain = sample(nullptr, 1);
   EXPECT_GT(plain.size(), 30u);
   for (const DrafterKind& kind : drafters()) {
+    if (GetParam() && !std::string_view(kind.name).starts_with("medusa")) continue;
     const auto drafter = make_drafter(decoder, kind.name, model->config().decode);
     const Counts drafted = sample(drafter.get(), 100000);
     double chi = 0, cells = 0, rest_a = 0, rest_b = 0;
@@ -318,6 +327,10 @@ TEST(Decoder, RejectionSamplingKeepsTheDistribution) {
         << kind.name << ": chi-square " << chi << " over " << cells - 1;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Decode, Sampling, testing::Bool(), [](const auto& info) {
+  return std::string(info.param ? "sequential_heads" : "every_drafter");
+});
 
 // The same seed gives the same text, whatever stands in other sequences of the batch before it.
 TEST(Decoder, SamplingIsKeyedByPosition) {

@@ -12,6 +12,7 @@ namespace trainer::decode_test {
 
 struct TinyOptions {
   std::string attention = "linear,softmax", compute = "fp32", position = "rope", medusa_vocabulary = "shared";
+  bool medusa_sequential = false;
   int64_t medusa = 3, mtp = 1, context = 256, vocabulary = 40, width = 32;
   double sharpness = 3;  // of the predictions
 };
@@ -27,6 +28,7 @@ inline configs::Config tiny_config(const TinyOptions& options) {
   config.precision.compute = options.compute;
   config.heads.medusa = options.medusa;
   config.heads.medusa_vocabulary = options.medusa_vocabulary;
+  config.heads.medusa_sequential = options.medusa_sequential;
   config.heads.mtp = options.mtp;
   return config;
 }

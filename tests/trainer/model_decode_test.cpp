@@ -21,15 +21,23 @@ using Bytes = std::vector<char>;
 
 constexpr int64_t kCapacity = 320;
 
-configs::Config decode_config(const std::string& normaliser = "sum") {
+struct Variant {
+  const char* name;
+  const char* normaliser = "sum";
+  bool sequential = false;
+};
+void PrintTo(const Variant& v, std::ostream* out) { *out << v.name; }
+
+configs::Config decode_config(const Variant& variant = {"sum"}) {
   configs::Config config = support::tiny_config();
   config.model.layers = 3;
   config.model.width = 32;
   config.model.ffn_width = 40;
   config.model.context = 256;
   config.model.attention = "linear,softmax,linear";
-  config.attention.linear_normaliser = normaliser;
+  config.attention.linear_normaliser = variant.normaliser;
   config.heads.medusa = 2;
+  config.heads.medusa_sequential = variant.sequential;
   config.heads.mtp = 2;
   return config;
 }
@@ -158,15 +166,25 @@ std::vector<TensorBuffer> prefill(Decoder& decoder, const std::vector<int32_t>& 
   return parts;
 }
 
+// What Medusa head `head` reads beside hidden rows that begin at token `at`: the head + 1 tokens after each.
+std::vector<int32_t> tokens_after(const std::vector<int32_t>& tokens, size_t at, int64_t rows, int64_t head) {
+  std::vector<int32_t> after;
+  for (int64_t i = 0; i < rows; ++i)
+    for (size_t j = at + static_cast<size_t>(i) + 1; j <= at + static_cast<size_t>(i + head) + 1; ++j)
+      after.push_back(j < tokens.size() ? tokens[j] : -1);
+  return after;
+}
+
 // Logits of hidden rows; of a Medusa head when medusa_head >= 0.
-TensorBuffer logits_of(TinyModel& tiny, const Tensor& hidden, int64_t medusa_head = -1) {
+TensorBuffer logits_of(TinyModel& tiny, const Tensor& hidden, int64_t medusa_head = -1,
+                       std::vector<int32_t> after = {}) {
   TensorBuffer logits(kernels::main_dtype(hidden.dtype), {hidden.rows(), TinyModel::kVocabulary});
   TensorBuffer out(hidden.dtype, hidden.shape);
   kernels::Arena scratch("scratch", {});
   for (const bool rehearsal : {true, false}) {
     if (!rehearsal) scratch.place();
     const kernels::Context ctx{{}, {}, &scratch, rehearsal};
-    if (medusa_head >= 0) tiny.model().medusa_hidden(ctx, medusa_head, hidden, out);
+    if (medusa_head >= 0) tiny.model().medusa_hidden(ctx, medusa_head, hidden, view(after), out);
     tiny.model().logits(ctx, medusa_head >= 0 ? out.tensor() : hidden, logits, medusa_head);
   }
   return logits;
@@ -179,7 +197,8 @@ std::vector<double> token_losses(TinyModel& tiny, const std::vector<TensorBuffer
   std::vector<double> losses;
   for (const TensorBuffer& hidden : parts) {
     const int64_t n = hidden.tensor().rows();
-    const std::vector<double> values = logits_of(tiny, hidden, medusa_head).values();
+    const std::vector<double> values =
+        logits_of(tiny, hidden, medusa_head, tokens_after(tokens, losses.size(), n, medusa_head)).values();
     for (int64_t i = 0; i < n && losses.size() + offset + 1 < tokens.size(); ++i) {
       const double* x = values.data() + i * TinyModel::kVocabulary;
       double sum = 0;
@@ -210,7 +229,7 @@ void expect_near(const std::vector<double>& all, const std::vector<double>& samp
     EXPECT_NEAR(all[i * kSampled], sampled[i], tolerance) << "row " << i * kSampled;
 }
 
-class ModelDecode : public testing::TestWithParam<const char*> {
+class ModelDecode : public testing::TestWithParam<Variant> {
  protected:
   TinyModel make(DType compute) const {
     TinyModel tiny(decode_config(GetParam()), compute, false);
@@ -320,11 +339,13 @@ TEST_P(ModelDecode, RowsOfHeadsStandAlone) {
     const auto tokens = support::random_tokens(11, TinyModel::kVocabulary, 8);
     Decoder trunk(tiny, 1), together(tiny, 1, 1), alone(tiny, 1, 1);
     const TensorBuffer hidden = trunk.append(tokens), depth = together.append(tokens, hidden);
-    const TensorBuffer logits[] = {logits_of(tiny, hidden), logits_of(tiny, hidden, 1)};
+    const TensorBuffer logits[] = {logits_of(tiny, hidden),
+                                   logits_of(tiny, hidden, 1, tokens_after(tokens, 0, 11, 1))};
     for (int64_t i = 0; i < 11; ++i) {
       const Tensor one = hidden.tensor().slice(i, 1);
       EXPECT_EQ(row(logits_of(tiny, one), 0), row(logits[0], i));
-      EXPECT_EQ(row(logits_of(tiny, one, 1), 0), row(logits[1], i));
+      EXPECT_EQ(row(logits_of(tiny, one, 1, tokens_after(tokens, static_cast<size_t>(i), 1, 1)), 0),
+                row(logits[1], i));
       EXPECT_EQ(row(alone.append({tokens[static_cast<size_t>(i)]}, one), 0), row(depth, i));
     }
   }
@@ -340,8 +361,10 @@ TEST_P(ModelDecode, ResetForgetsEverything) {
   EXPECT_EQ(row(parts.back(), parts.back().tensor().rows() - 1), plain(tiny, tokens).back());
 }
 
-INSTANTIATE_TEST_SUITE_P(Normalisers, ModelDecode, testing::Values("sum", "norm"),
-                         [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Variants, ModelDecode,
+                         testing::Values(Variant{"sum"}, Variant{"norm", "norm"},
+                                         Variant{"sequential_heads", "sum", true}),
+                         [](const auto& info) { return std::string(info.param.name); });
 
 TEST(ModelDecoding, LearnedPositionsEndAtTheContext) {
   configs::Config config = decode_config();

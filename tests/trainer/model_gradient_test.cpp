@@ -46,6 +46,19 @@ const Variant kVariants[] = {
        c.heads.medusa_vocabulary = "own";
        c.model.tie_embeddings = false;
      }},
+    {"medusa_sequential_tied",
+     [](configs::Config& c) {
+       c.heads.medusa = 3;
+       c.heads.medusa_sequential = true;
+     }},
+    {"medusa_sequential_untied",
+     [](configs::Config& c) {
+       c.heads.medusa = 2;
+       c.heads.medusa_layers = 2;
+       c.heads.medusa_vocabulary = "own";
+       c.heads.medusa_sequential = true;
+       c.model.tie_embeddings = false;
+     }},
     {"mtp_two_tied", [](configs::Config& c) { c.heads.mtp = 2; }},
     {"everything",
      [](configs::Config& c) {

@@ -5,6 +5,7 @@
 
 #include "checkpoints/checkpoint.h"
 #include "data/tokenizer.h"
+#include "kernels/ops/cast.h"
 #include "tests/support/safetensors_file.h"
 #include "tests/support/tiny_model.h"
 #include "tests/support/tiny_run.h"
@@ -96,6 +97,25 @@ TEST_F(ModelLoad, NewHeadsStartFreshAndCopyTheLoadedVocabulary) {
   EXPECT_EQ(to_doubles(store.master(store.find("medusa.0.vocabulary.weight"))), embedding);
   EXPECT_EQ(to_doubles(store.weight(store.find("blocks.1.mlp.up.weight"))),
             to_doubles(before.weight(before.find("blocks.1.mlp.up.weight"))));
+}
+
+// Sequential heads take over plain ones: what they add starts at 0 and is named.
+TEST_F(ModelLoad, MedusaHeadsBecomeSequential) {
+  configs::Config plain = config();
+  plain.heads.medusa = 2;
+  const auto source = make(plain, 3);
+  kernels::fill({}, source->parameters().buffers().master, 0.25f);
+  const auto checkpoint = save(*source);
+  configs::Config sequential = plain;
+  sequential.heads.medusa_sequential = true;
+  const auto model = make(sequential, 4);
+  EXPECT_EQ(trainer::load_weights({}, checkpoint, *model),
+            (std::vector<std::string>{"medusa.0.tokens.weight", "medusa.1.tokens.weight"}));
+  const auto& store = model->parameters();
+  for (const double v : to_doubles(store.master(store.find("medusa.1.tokens.weight")))) EXPECT_EQ(v, 0);
+  for (const double v : to_doubles(store.master(store.find("medusa.1.layers.0.weight")))) EXPECT_EQ(v, 0.25);
+  EXPECT_NE(refusal(save(*model), plain).find("'medusa.0.tokens.weight', which this model has no place for"),
+            std::string::npos);
 }
 
 TEST_F(ModelLoad, RefusesAnotherArchitectureByKey) {

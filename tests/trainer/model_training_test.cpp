@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/core/philox.h"
 #include "tests/support/tiny_model.h"
 
 namespace {
@@ -83,8 +84,7 @@ TEST(ModelTraining, PackedSequencesAreTheSumOfSeparateOnes) {
   for (size_t i = 0; i < gradients.size(); ++i) ASSERT_NEAR(gradients[i], gradient_sum[i], 1e-10) << i;
 }
 
-TEST(ModelTraining, AFrozenTrunkIsLeftAlone) {
-  configs::Config config = full_config();
+void expect_frozen_trunk_left_alone(configs::Config config) {
   TinyModel joint(config, DType::f64);
   config.train.trainable = "heads";
   TinyModel frozen(config, DType::f64);
@@ -104,6 +104,13 @@ TEST(ModelTraining, AFrozenTrunkIsLeftAlone) {
   joint.rehearse(batch, saved[0], scratch[0]);
   frozen.rehearse(batch, saved[1], scratch[1]);
   EXPECT_LT(saved[1].high_water(), saved[0].high_water());
+}
+
+TEST(ModelTraining, AFrozenTrunkIsLeftAlone) {
+  configs::Config config = full_config();
+  expect_frozen_trunk_left_alone(config);
+  config.heads.medusa_sequential = true;
+  expect_frozen_trunk_left_alone(config);
 }
 
 // An arena of `bytes` that has been measured and placed.
@@ -176,6 +183,33 @@ TEST(ModelTraining, NewMedusaHeadsEqualTheLanguageModel) {
             support::to_doubles(store.weight(store.find("unembedding.weight"))));
   for (const double w : support::to_doubles(store.weight(store.find("medusa.1.layers.0.weight"))))
     EXPECT_EQ(w, 0);
+}
+
+// Whatever tokens they read, fresh sequential heads say what the language model says of the same hidden rows.
+TEST(ModelTraining, NewSequentialHeadsEqualTheLanguageModel) {
+  configs::Config config = full_config();
+  config.heads.medusa_sequential = true;
+  trainer::Model model(config, TinyModel::kVocabulary);
+  kernels::Context ctx;
+  model.parameters().allocate({}, DType::f32, false);
+  model.parameters().initialize(ctx, 5);
+  model.prepare_decoding(ctx);
+  constexpr int64_t kRows = 5;
+  support::TensorBuffer hidden(DType::f32, {kRows, model.width()}), out(DType::f32, {kRows, model.width()});
+  for (int64_t i = 0; i < hidden.tensor().numel(); ++i)
+    hidden.tensor().as<float>()[i] =
+        static_cast<float>(kernels::normal(3, kernels::Purpose::test, static_cast<uint64_t>(i)));
+  for (int64_t k = 0; k < 2; ++k) {
+    std::vector<int32_t> tokens = support::random_tokens(kRows * (k + 1), TinyModel::kVocabulary, 6);
+    tokens.back() = -1;
+    const trainer::Tensor between(tokens.data(), DType::i32, {kRows, k + 1});
+    kernels::Arena scratch("scratch", {});
+    for (const bool rehearsal : {true, false}) {
+      if (!rehearsal) scratch.place();
+      model.medusa_hidden({{}, {}, &scratch, rehearsal}, k, hidden, between, out);
+    }
+    EXPECT_EQ(out.values(), hidden.values()) << "head " << k;
+  }
 }
 
 }  // namespace

@@ -100,7 +100,9 @@ void Decoder::allocate() {
   kernels::argmax(dry, logits_, argmax_.tensor());
   kernels::probabilities(dry, logits_, 1.0f, p_);
   for (int64_t k = 0; k < model_.config().heads.medusa; ++k) {
-    model_.medusa_hidden(dry, k, hidden_, hidden_);
+    // A rehearsal reads nothing: any memory will do.
+    const Tensor between(argmax_.tensor().data, DType::i32, {kMaxDecodeRows, k + 1}, ctx_.device);
+    model_.medusa_hidden(dry, k, hidden_, between, hidden_);
     model_.logits(dry, hidden_, logits_, k);
   }
   if (model_.config().heads.mtp > 0) {

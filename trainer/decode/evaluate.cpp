@@ -23,9 +23,10 @@ std::string describe_model(const LoadedModel& loaded) {
   const configs::ModelConfig& m = loaded.config.model;
   const configs::HeadsConfig& h = loaded.config.heads;
   return fmt::format(
-      "{} layers, width {}, {} heads, attention {}, vocabulary {}, Medusa heads {}, MTP depths {}, "
+      "{} layers, width {}, {} heads, attention {}, vocabulary {}, Medusa heads {}{}, MTP depths {}, "
       "{:.1f} million parameters, {}",
-      m.layers, m.width, m.heads, m.attention, loaded.model->vocabulary(), h.medusa, h.mtp,
+      m.layers, m.width, m.heads, m.attention, loaded.model->vocabulary(), h.medusa,
+      h.medusa > 0 && h.medusa_sequential ? " (sequential)" : "", h.mtp,
       static_cast<double>(loaded.model->parameters().elements()) / 1e6, loaded.config.precision.compute);
 }
 

@@ -50,8 +50,9 @@ class HostCopy {
   const void* data_ = nullptr;
 };
 
-// Small results that the host reads after every step: on a GPU in page-locked memory, which kernels write
-// over the bus, so that no copy follows them; valid once the stream has been waited for.
+// Small results that the host reads after every step, or numbers that it gives to one: on a GPU in
+// page-locked memory, which kernels write and read over the bus, so that no copy is needed; valid once the
+// stream has been waited for, and to be written only then.
 class SharedResult {
  public:
   SharedResult(kernels::Device device, kernels::DType dtype, kernels::Shape shape);

@@ -128,6 +128,11 @@ bool holds_part_of(const std::set<std::string>& names, const std::string& head) 
   return it != names.end() && it->starts_with(head);
 }
 
+// What a sequential Medusa head adds to one that is not: from 0 it changes nothing.
+bool adds_tokens(const std::string& name) {
+  return name.starts_with("medusa.") && name.ends_with(".tokens.weight");
+}
+
 void take(const Source& source, const std::filesystem::path& path, const std::string& name,
           ParameterStore& store, int id) {
   const Parameter& p = store.parameters()[static_cast<size_t>(id)];
@@ -148,8 +153,8 @@ void refuse_unknown(const std::filesystem::path& path, const std::set<std::strin
           path.string(), name));
 }
 
-// Every parameter from the source; names of whole heads' parameters that it lacks are returned when
-// `fresh_heads`.
+// Every parameter from the source; names of whole heads' parameters that it lacks, or of what makes a Medusa
+// head a sequential one, are returned when `fresh_heads`.
 std::vector<std::string> take_all(const Source& source, const std::filesystem::path& path,
                                   ParameterStore& store, bool fresh_heads) {
   const std::set<std::string> names = source.names();
@@ -162,7 +167,7 @@ std::vector<std::string> take_all(const Source& source, const std::filesystem::p
       continue;
     }
     const std::string head = head_of(p.name);
-    if (!fresh_heads || head.empty() || holds_part_of(names, head))
+    if (!fresh_heads || head.empty() || (holds_part_of(names, head) && !adds_tokens(p.name)))
       throw CheckpointError(fmt::format("{} lacks tensor '{}'", path.string(), p.name));
     // A fresh copy is one of the values just loaded, not of the model's first ones.
     if (p.init.kind == Init::Kind::copy)

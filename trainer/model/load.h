@@ -24,10 +24,11 @@ LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_c
 LoadedModel load_model_on(const std::function<Context(const configs::Config&)>& place,
                           const std::filesystem::path& run_or_checkpoint,
                           const std::vector<std::string>& overrides);
-// Takes weights into a model that may hold heads the checkpoint lacks (those keep their fresh values, and are
-// returned); a tensor of another shape, or a trunk tensor that is missing, is a CheckpointError that names
-// it. So is a checkpoint whose tokenizer has another hash than `tokenizer_hash` (empty: not compared). A
-// .safetensors file, which knows no tokenizer, holds the parameters under their canonical names.
+// Takes weights into a model that may hold heads the checkpoint lacks, or sequential Medusa heads where it
+// has plain ones (what is new keeps its fresh values, and its names are returned); a tensor of another shape,
+// or a trunk tensor that is missing, is a CheckpointError that names it. So is a checkpoint whose tokenizer
+// has another hash than `tokenizer_hash` (empty: not compared). A .safetensors file, which knows no
+// tokenizer, holds the parameters under their canonical names.
 std::vector<std::string> load_weights(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                                       Model& model, const std::string& tokenizer_hash = {});
 

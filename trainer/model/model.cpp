@@ -48,6 +48,7 @@ struct Model::Impl {
   const Linear& vocabulary_of(const Head& head) const {
     return head.own_vocabulary() ? *head.own_vocabulary() : unembedding;
   }
+  HeadInput medusa_input(const ModelBatch& batch, const Tensor& hidden, const Head& head) const;
   HeadInput mtp_input(const ModelBatch& batch, const Tensor& hidden, size_t depth_index) const;
   void loss(const Context& ctx, const Linear& matrix, const Tensor& hidden, const ModelBatch& batch, size_t i,
             const Tensor& seed, Tensor loss_sums, Tensor dhidden) const;
@@ -72,7 +73,9 @@ Model::Impl::Impl(const configs::Config& config, int64_t vocabulary)
                       heads.loss_weight * std::pow(heads.loss_decay, static_cast<double>(place))});
   };
   for (int64_t i = 0; i < heads.medusa; ++i)
-    add_loss(*medusa.emplace_back(std::make_unique<Medusa>(store, config, i, vocabulary, unembedding_id)), i);
+    add_loss(*medusa.emplace_back(
+                 std::make_unique<Medusa>(store, config, i, vocabulary, trunk.embedding(), unembedding_id)),
+             i);
   for (int64_t i = 0; i < heads.mtp; ++i)
     add_loss(*mtp.emplace_back(std::make_unique<Mtp>(store, config, i + 1, trunk.embedding())), i);
   if (frozen) store.freeze({"medusa.", "mtp."});
@@ -83,6 +86,10 @@ Model::Impl::Impl(const configs::Config& config, int64_t vocabulary)
 int Model::Impl::add_unembedding() {
   if (config.model.tie_embeddings) return trunk.embedding();
   return store.add("unembedding.weight", {vocabulary, config.model.width}, {Init::Kind::normal});
+}
+
+HeadInput Model::Impl::medusa_input(const ModelBatch& batch, const Tensor& hidden, const Head& head) const {
+  return {.hidden = hidden, .tokens = batch.targets.slice(0, head.offset()), .plan = {}};
 }
 
 HeadInput Model::Impl::mtp_input(const ModelBatch& batch, const Tensor& hidden, size_t depth_index) const {
@@ -139,7 +146,7 @@ void Model::Impl::train_medusa(const Context& ctx, const ModelBatch& batch, cons
     const kernels::ArenaScope keep(saved), scope(*ctx.scratch);
     const Medusa& head = *medusa[i];
     const Tensor out = saved.allocate("medusa hidden", hidden.dtype, hidden.shape);
-    const HeadInput in{.hidden = hidden, .tokens = {}, .plan = {}};
+    const HeadInput in = medusa_input(batch, hidden, head);
     const auto activations = head.forward(ctx, in, out, saved);
     const Tensor d = ctx.scratch->allocate("medusa dhidden", hidden.dtype, hidden.shape);
     kernels::fill(ctx, d, 0.0f);
@@ -205,7 +212,7 @@ void Model::evaluate(const Context& ctx, const ModelBatch& batch, kernels::Arena
   Tensor previous = hidden, next = allocate();
   for (size_t i = 0; i < m.medusa.size(); ++i) {
     const kernels::ArenaScope passing(saved);
-    m.medusa[i]->forward(ctx, {.hidden = hidden, .tokens = {}, .plan = {}}, next, saved);
+    m.medusa[i]->forward(ctx, m.medusa_input(batch, hidden, *m.medusa[i]), next, saved);
     m.loss(ctx, m.vocabulary_of(*m.medusa[i]), next, batch, 1 + i, {}, loss_sums, {});
   }
   for (size_t k = 0; k < m.mtp.size(); ++k) {
@@ -256,10 +263,9 @@ void Model::decode_mtp(const Context& ctx, int64_t depth, const Tensor& tokens, 
   mtp[k]->depth(ctx, in, state.layers()[0].get(), hidden_out, passing, *ctx.scratch);
 }
 
-void Model::medusa_hidden(const Context& ctx, int64_t head, const Tensor& hidden, Tensor out) const {
-  const kernels::ArenaScope scope(*ctx.scratch);
-  Medusa::Saved passing;
-  impl_->medusa[static_cast<size_t>(head)]->layers(ctx, hidden, out, passing, *ctx.scratch, true);
+void Model::medusa_hidden(const Context& ctx, int64_t head, const Tensor& hidden, const Tensor& tokens,
+                          Tensor out) const {
+  impl_->medusa[static_cast<size_t>(head)]->decode(ctx, hidden, tokens, out);
 }
 
 void Model::logits(const Context& ctx, const Tensor& hidden, Tensor logits, int64_t medusa_head) const {

@@ -5,10 +5,12 @@
 //   x_0 = E[tokens] (+ P[positions]);  x += attention(norm(x));  x += mlp(norm(x));  hidden = norm(x)
 //   language model   logits(hidden_i)            predicts token i + 1    (offset 0)
 //   Medusa k >= 0    logits(residual_k(hidden_i)) predicts token i + 2 + k (offset k + 1)
+//                    sequential: residual_k(hidden_i + V_k [E[token i + 1]; ...; E[token i + 1 + k]])
 //   MTP depth k >= 1 hidden^k_i = norm(block(W [norm(E[token i + k]); norm(hidden^{k-1}_i)])), hidden^0 =
 //   hidden;
 //                    logits(hidden^k_i)          predicts token i + 1 + k (offset k)
-// Sources: Cai et al. 2024 (Medusa), DeepSeek-V3 technical report 2024 (MTP).
+// Sources: Cai et al. 2024 (Medusa), Ankner et al. 2024 (sequential heads: Hydra), DeepSeek-V3 technical
+// report 2024 (MTP).
 #include <functional>
 #include <memory>
 #include <string>
@@ -95,8 +97,10 @@ class Model {
   // tokens[i].
   void decode_mtp(const Context& ctx, int64_t depth, const Tensor& tokens, const Tensor& hidden_in,
                   const kernels::DecodeRows& rows, DecodeState& state, Tensor hidden_out) const;
-  // Medusa head k's hidden rows from the trunk's.
-  void medusa_hidden(const Context& ctx, int64_t head, const Tensor& hidden, Tensor out) const;
+  // Medusa head k's hidden rows from the trunk's; out may be hidden. tokens, with heads.medusa_sequential
+  // only: (N, k + 1) int32, row i the k + 1 tokens after hidden row i's, negative where none is known.
+  void medusa_hidden(const Context& ctx, int64_t head, const Tensor& hidden, const Tensor& tokens,
+                     Tensor out) const;
   // logits (N, V) fp32 of hidden rows; medusa_head >= 0 uses that head's own vocabulary layer where it has
   // one.
   void logits(const Context& ctx, const Tensor& hidden, Tensor logits, int64_t medusa_head = -1) const;

@@ -89,7 +89,9 @@ class Job {
     const auto fresh = load_weights(ctx_, config_.train.init_from, model_, tokenizer_->hash());
     if (ranks_.rank() == 0)
       fmt::print("weights from {}{}\n", config_.train.init_from,
-                 fresh.empty() ? "" : fmt::format("; {} tensors of new heads start fresh", fresh.size()));
+                 fresh.empty() ? ""
+                               : fmt::format("; {} tensors that it lacks start fresh ({}{})", fresh.size(),
+                                             fresh.front(), fresh.size() > 1 ? ", ..." : ""));
   }
 
   void open_run() {

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/ops/cast.h"
+#include "kernels/ops/embedding.h"
 #include "kernels/ops/linear.h"
 #include "kernels/ops/sampling.h"
 
@@ -12,7 +13,8 @@ namespace trainer {
 
 namespace {
 
-constexpr int64_t kTreeRanks = 10;  // candidates of a level; wider trees gain nothing
+constexpr int64_t kTreeRanks = 10;           // candidates of a row; wider trees gain nothing
+constexpr int kLeftOut = -1, kPlanned = -2;  // drafts of the shape that have no node, or none yet
 
 // Before anything is measured: each head a little worse than the one before, each rank much less likely.
 std::vector<std::vector<double>> prior_acceptance(int64_t heads, int64_t ranks) {
@@ -39,14 +41,24 @@ TreeShape chain_shape(int64_t drafts) {
 MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const DrafterParams& params, Kind kind)
     : model_(model),
       kind_(kind),
+      sequential_(model.config().heads.medusa_sequential),
+      own_vocabulary_(model.config().heads.medusa_vocabulary == "own"),
       batch_(params.batch),
       heads_(std::min(model.config().heads.medusa, kernels::kMaxDecodeRows / params.batch)),
-      own_vocabulary_(model.config().heads.medusa_vocabulary == "own"),
+      max_drafts_(kind == Kind::chain ? std::min(params.max_drafts, heads_) : params.tree_nodes),
+      drafts_(max_drafts_),
+      most_rows_(std::min(kernels::kMaxDecodeRows, batch_ * max_drafts_)),
       memory_("drafter", ctx.device),
-      top_(ctx.device, DType::i32, {heads_ * batch_ * std::min(kTreeRanks, model.vocabulary())}),
-      replay_(model.config().train.graph) {
-  max_drafts_ = kind == Kind::chain ? std::min(params.max_drafts, heads_) : params.tree_nodes;
-  drafts_ = max_drafts_;
+      asked_(ctx.device, DType::i32, {most_rows_ * (1 + heads_)}),
+      top_(ctx.device, DType::i32, {most_rows_ * std::min(kTreeRanks, model.vocabulary())}),
+      rows_(most_rows_),
+      candidates_(most_rows_ * std::min(kTreeRanks, model.vocabulary())),
+      left_(model.vocabulary()),
+      q_rows_(most_rows_),
+      q_host_(heads_),
+      replay_(model.config().train.graph),
+      nodes_(batch_ * kMaxDrafts),
+      below_(batch_ * kMaxDrafts) {
   if (kind == Kind::chain)
     shape_ = chain_shape(max_drafts_);
   else
@@ -55,17 +67,15 @@ MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const Draft
 }
 
 void MedusaDrafter::allocate(const Context& ctx) {
-  const int64_t rows = heads_ * batch_, ranks = std::min(kTreeRanks, model_.vocabulary());
+  const DType compute = model_.parameters().compute();
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) memory_.place();
-    last_hidden_ = memory_.allocate("last hidden", model_.parameters().compute(), {batch_, model_.width()});
-    hidden_ = memory_.allocate("head hidden", model_.parameters().compute(), {rows, model_.width()});
-    logits_ = memory_.allocate("head logits", DType::f32, {rows, model_.vocabulary()});
-    q_ = memory_.allocate("head probabilities", DType::f32, {rows, model_.vocabulary()});
+    last_hidden_ = memory_.allocate("last hidden", compute, {batch_, model_.width()});
+    if (sequential_) inputs_ = memory_.allocate("head inputs", compute, {most_rows_, model_.width()});
+    hidden_ = memory_.allocate("head hidden", compute, {most_rows_, model_.width()});
+    logits_ = memory_.allocate("head logits", DType::f32, {most_rows_, model_.vocabulary()});
+    q_ = memory_.allocate("head probabilities", DType::f32, {most_rows_, model_.vocabulary()});
   }
-  candidates_.resize(rows * ranks);
-  left_.resize(model_.vocabulary());
-  nodes_.resize(kernels::kMaxDecodeRows);
   reset(ctx);
 }
 
@@ -93,91 +103,150 @@ void MedusaDrafter::observe(const Context& ctx, int64_t sequence, const Sequence
   copy_on_device(ctx, hidden.slice(rows.back(), 1), last_hidden_.slice(sequence, 1));
 }
 
-void MedusaDrafter::head_logits(const Context& ctx, int64_t levels) {
-  for (int64_t k = 0; k < levels; ++k) {
-    const Tensor rows = hidden_.slice(k * batch_, batch_);
-    model_.medusa_hidden(ctx, k, last_hidden_, rows);
-    if (own_vocabulary_) model_.logits(ctx, rows, logits_.slice(k * batch_, batch_), k);
+// Which drafts of the shape a step has room for, best first; returns how many levels they have.
+int64_t MedusaDrafter::plan(std::span<const SequenceView> sequences) {
+  int64_t levels = 0;
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    const SequenceView& view = sequences[b];
+    int64_t room = view.active ? std::min(drafts_, view.max_drafts) : 0;
+    for (int i = 0; i < shape_.size(); ++i) {
+      const bool planned = i < drafts_ && room > 0 && shape_.depths[i] <= std::min(heads_, view.max_depth);
+      node(static_cast<int64_t>(b), i) = planned ? kPlanned : kLeftOut;
+      if (!planned) continue;
+      --room;
+      levels = std::max<int64_t>(levels, shape_.depths[i]);
+    }
   }
-  if (!own_vocabulary_)
-    model_.logits(ctx, hidden_.slice(0, levels * batch_), logits_.slice(0, levels * batch_));
+  return levels;
 }
 
-void MedusaDrafter::rank_candidates(const Context& ctx, int64_t levels) {
-  const int64_t rows = levels * batch_;
-  const Tensor flat = top_.tensor().slice(0, rows * width_);
-  replay_(ctx, {levels, width_, 0, 0}, [&] {
-    head_logits(ctx, levels);
-    const Tensor logits = logits_.slice(0, rows);
+// Gives every node that has drafts planned below it a row. Siblings come in order of their ranks, so the
+// first of them has rank 0. Heads that are not sequential know all levels from one row a sequence.
+MedusaDrafter::Pass MedusaDrafter::begin_pass(int64_t level, int64_t levels, int64_t first,
+                                              std::span<const DraftTree> trees) {
+  Pass pass{level, sequential_ ? 1 : levels, first, sequential_ ? 0 : levels * batch_};
+  for (int64_t row = 0; row < pass.rows; ++row) rows_[row] = {row % batch_, row / batch_};
+  for (int64_t b = 0; b < static_cast<int64_t>(trees.size()); ++b)
+    for (int i = 0; i < shape_.size(); ++i) {
+      if (node(b, i) != kPlanned) continue;
+      if (!sequential_) {
+        row_below(b, i) = (shape_.depths[i] - 1) * batch_ + b;
+      } else if (shape_.depths[i] == level + 1 && shape_.ranks[i] == 0) {
+        const bool asked = ask(first + pass.rows, level, first, b, parent_node(b, i), trees[b]);
+        row_below(b, i) = asked ? first + pass.rows++ : -1;
+      }
+    }
+  return pass;
+}
+
+// Writes down what the head of a level reads for the drafts below a node; false where the node has been left
+// out or there are no more rows.
+bool MedusaDrafter::ask(int64_t row, int64_t level, int64_t first, int64_t sequence, int node,
+                        const DraftTree& tree) {
+  if (node < 0 || row >= most_rows_) return false;
+  rows_[row] = {sequence, level};
+  int32_t* asked = asked_.tensor().as<int32_t>();
+  asked[row - first] = static_cast<int32_t>(sequence);
+  int32_t* tokens = asked + most_rows_ + (row - first) * (level + 1);
+  for (int64_t d = level; d >= 0; --d, node = tree.parent(node)) tokens[d] = tree.token(node);
+  return true;
+}
+
+void MedusaDrafter::head_logits(const Context& ctx, const Pass& pass) {
+  const Tensor asked = asked_.tensor();
+  Tensor inputs = last_hidden_, tokens;
+  if (sequential_) {
+    inputs = inputs_.slice(0, pass.rows);
+    kernels::embedding(ctx, asked.slice(0, pass.rows), last_hidden_, {}, {}, inputs);
+    tokens = asked.slice(most_rows_, pass.rows * (pass.level + 1)).view({pass.rows, pass.level + 1});
+  }
+  const int64_t count = inputs.rows();
+  for (int64_t k = 0; k < pass.levels; ++k) {
+    const Tensor rows = hidden_.slice(k * count, count);
+    model_.medusa_hidden(ctx, pass.level + k, inputs, tokens, rows);
+    if (own_vocabulary_) model_.logits(ctx, rows, logits_.slice(k * count, count), pass.level + k);
+  }
+  if (!own_vocabulary_) model_.logits(ctx, hidden_.slice(0, pass.rows), logits_.slice(0, pass.rows));
+}
+
+void MedusaDrafter::rank_candidates(const Context& ctx, const Pass& pass) {
+  const Tensor flat = top_.tensor().slice(0, pass.rows * width_);
+  replay_(ctx, {pass.level, pass.rows, width_, 0}, [&] {
+    head_logits(ctx, pass);
+    const Tensor logits = logits_.slice(0, pass.rows);
     if (width_ == 1)
       kernels::argmax(ctx, logits, flat);
     else
-      kernels::top_k(ctx, logits, flat.view({rows, width_}));
+      kernels::top_k(ctx, logits, flat.view({pass.rows, width_}));
   });
   kernels::synchronize(ctx.device, ctx.stream);
-  std::copy_n(top_.data<int32_t>(), rows * width_, candidates_.begin());
+  std::copy_n(top_.data<int32_t>(), pass.rows * width_, candidates_.begin() + pass.first * width_);
 }
 
-// Candidates of a level are drawn without replacement: rank r from q without the ranks before it.
-void MedusaDrafter::draw_candidates(const Context& ctx, int64_t levels,
+void MedusaDrafter::draw_candidates(const Context& ctx, const Pass& pass,
                                     std::span<const SequenceView> sequences, double temperature) {
-  const int64_t rows = levels * batch_, vocabulary = model_.vocabulary();
   const float t = static_cast<float>(temperature);
-  replay_(ctx, {levels, 0, std::bit_cast<int32_t>(t), 0}, [&] {
-    head_logits(ctx, levels);
-    kernels::probabilities(ctx, logits_.slice(0, rows), t, q_.slice(0, rows));
+  const Tensor q = q_.slice(pass.first, pass.rows);
+  // No width is negative: what is drawn has keys of its own.
+  replay_(ctx, {pass.level, pass.rows, -1 - pass.first, std::bit_cast<int32_t>(t)}, [&] {
+    head_logits(ctx, pass);
+    kernels::probabilities(ctx, logits_.slice(0, pass.rows), t, q);
   });
-  q_host_.send(ctx, q_.slice(0, rows));
+  HostCopy& host = q_host_[pass.level];
+  host.send(ctx, q);
   kernels::synchronize(ctx.device, ctx.stream);
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t level = row / batch_, b = row % batch_;
-    const float* weights = q_host_.data<float>() + row * vocabulary;
-    for (int64_t rank = 0; rank < width_; ++rank) {
-      const float u =
-          sequences[b].key.draft(sequences[b].root_position() + level + 1, static_cast<int>(rank));
-      int32_t token = draw_index(weights, vocabulary, u);
-      if (weights[token] <= 0) token = -1;
-      candidate(level, b, rank) = token;
-      if (rank + 1 == width_ || token < 0) continue;
-      if (rank == 0) {
-        std::copy_n(weights, vocabulary, left_.data());
-        weights = left_.data();
-      }
-      left_[token] = 0;
-    }
+  for (int64_t row = pass.first; row < pass.first + pass.rows; ++row) {
+    q_rows_[row] = host.data<float>() + (row - pass.first) * model_.vocabulary();
+    draw_row(sequences[rows_[row].sequence], row, q_rows_[row]);
   }
 }
 
-void MedusaDrafter::grow(const SequenceView& view, int64_t sequence, int64_t levels, bool sampled,
-                         DraftTree& tree) {
-  const int64_t vocabulary = model_.vocabulary();
-  for (int i = 0; i < std::min<int64_t>(drafts_, shape_.size()); ++i) {
-    nodes_[i] = -1;
+// Candidates of a row are drawn without replacement: rank r from q without the ranks before it.
+void MedusaDrafter::draw_row(const SequenceView& view, int64_t row, const float* q) {
+  const int64_t vocabulary = model_.vocabulary(), position = view.root_position() + rows_[row].level + 1;
+  for (int64_t rank = 0; rank < width_; ++rank) {
+    int32_t token = draw_index(q, vocabulary, view.key.draft(position, static_cast<int>(rank)));
+    if (q[token] <= 0) token = -1;
+    candidates_[row * width_ + rank] = token;
+    if (rank + 1 == width_ || token < 0) continue;
+    if (rank == 0) {
+      std::copy_n(q, vocabulary, left_.data());
+      q = left_.data();
+    }
+    left_[token] = 0;
+  }
+}
+
+void MedusaDrafter::grow(const Pass& pass, int64_t sequence, bool sampled, DraftTree& tree) {
+  for (int i = 0; i < shape_.size(); ++i) {
+    int& drafted = node(sequence, i);
     const int64_t level = shape_.depths[i] - 1;
-    if (level >= levels || level >= view.max_depth || tree.drafts() >= view.max_drafts) continue;
-    const int parent = shape_.parents[i] < 0 ? 0 : nodes_[shape_.parents[i]];
-    const int32_t token = candidate(level, sequence, shape_.ranks[i]);
-    if (parent < 0 || token < 0) continue;
-    const float* q = sampled ? q_host_.data<float>() + (level * batch_ + sequence) * vocabulary : nullptr;
-    nodes_[i] = tree.add(parent, token, q);
+    if (drafted != kPlanned || level < pass.level || level >= pass.level + pass.levels) continue;
+    const int parent = parent_node(sequence, i);
+    const int64_t row = row_below(sequence, i);
+    drafted = kLeftOut;
+    if (parent < 0 || row < 0) continue;
+    const int32_t token = candidates_[row * width_ + shape_.ranks[i]];
+    if (token >= 0) drafted = tree.add(parent, token, sampled ? q_rows_[row] : nullptr);
   }
 }
 
 void MedusaDrafter::propose(const Context& ctx, std::span<const SequenceView> sequences,
                             const DraftSettings& settings, std::span<DraftTree> trees) {
-  int64_t deepest = 0, wanted = 0;
-  for (const SequenceView& view : sequences)
-    if (view.active) deepest = std::max(deepest, std::min(view.max_depth, view.max_drafts));
-  for (int i = 0; i < std::min<int64_t>(drafts_, shape_.size()); ++i)
-    wanted = std::max<int64_t>(wanted, shape_.depths[i]);
-  const int64_t levels = std::min({heads_, deepest, wanted});
-  if (levels == 0) return;
-  if (settings.sample)
-    draw_candidates(ctx, levels, sequences, settings.temperature);
-  else
-    rank_candidates(ctx, levels);
-  for (size_t b = 0; b < sequences.size(); ++b)
-    if (sequences[b].active) grow(sequences[b], static_cast<int64_t>(b), levels, settings.sample, trees[b]);
+  const int64_t levels = plan(sequences);
+  int64_t first = 0;
+  for (int64_t level = 0; level < levels;) {
+    const Pass pass = begin_pass(level, levels, first, trees);
+    if (pass.rows == 0) return;
+    if (settings.sample)
+      draw_candidates(ctx, pass, sequences, settings.temperature);
+    else
+      rank_candidates(ctx, pass);
+    for (size_t b = 0; b < sequences.size(); ++b)
+      grow(pass, static_cast<int64_t>(b), settings.sample, trees[b]);
+    level += pass.levels;
+    first += pass.rows;
+  }
 }
 
 }  // namespace trainer

@@ -1,7 +1,9 @@
 #pragma once
 // Medusa (Cai et al. 2024): head k, reading the trunk's hidden state at the last accepted token, proposes the
 // tokens of level k + 1. A chain takes each head's best; a tree holds the combinations of ranks that a
-// best-first search over measured acceptances chooses.
+// best-first search over measured acceptances chooses. Sequential heads also read the tokens on the way to
+// the place they propose for, so that each node of a tree has candidates of its own.
+#include "kernels/ops/linear.h"
 #include "trainer/decode/drafters/drafter.h"
 #include "trainer/decode/replay.h"
 
@@ -22,31 +24,55 @@ class MedusaDrafter : public Drafter {
   std::vector<double> node_values() const override;
 
  private:
+  // Candidates that are computed together: of one level with sequential heads, which read the drafts above,
+  // of all levels otherwise.
+  struct Pass {
+    int64_t level, levels, first, rows;  // rows_[first, first + rows)
+  };
+  struct Row {
+    int64_t sequence, level;
+  };
   void allocate(const Context& ctx);
-  void head_logits(const Context& ctx, int64_t levels);
-  void rank_candidates(const Context& ctx, int64_t levels);
-  void draw_candidates(const Context& ctx, int64_t levels, std::span<const SequenceView> sequences,
+  int64_t plan(std::span<const SequenceView> sequences);
+  Pass begin_pass(int64_t level, int64_t levels, int64_t first, std::span<const DraftTree> trees);
+  bool ask(int64_t row, int64_t level, int64_t first, int64_t sequence, int node, const DraftTree& tree);
+  void head_logits(const Context& ctx, const Pass& pass);
+  void rank_candidates(const Context& ctx, const Pass& pass);
+  void draw_candidates(const Context& ctx, const Pass& pass, std::span<const SequenceView> sequences,
                        double temperature);
-  void grow(const SequenceView& view, int64_t sequence, int64_t levels, bool sampled, DraftTree& tree);
-  int32_t& candidate(int64_t level, int64_t sequence, int64_t rank) {
-    return candidates_[(level * batch_ + sequence) * width_ + rank];
+  void draw_row(const SequenceView& view, int64_t row, const float* q);
+  void grow(const Pass& pass, int64_t sequence, bool sampled, DraftTree& tree);
+  int& node(int64_t sequence, int draft) { return nodes_[sequence * kMaxDrafts + draft]; }
+  int parent_node(int64_t sequence, int draft) {
+    return shape_.parents[draft] < 0 ? 0 : node(sequence, shape_.parents[draft]);
+  }
+  // The row whose candidates a draft is one of.
+  int64_t& row_below(int64_t sequence, int draft) {
+    return below_[sequence * kMaxDrafts + shape_.parents[draft] + 1];
   }
 
+  static constexpr int64_t kMaxDrafts = kernels::kMaxDecodeRows;  // and the root
   const Model& model_;
   Kind kind_;
-  int64_t batch_, heads_, max_drafts_, drafts_, width_ = 1;
-  bool own_vocabulary_;
+  bool sequential_, own_vocabulary_;
+  int64_t batch_, heads_, max_drafts_, drafts_, most_rows_, width_ = 1;
   TreeShape shape_;
   kernels::Arena memory_;
-  Tensor last_hidden_;               // (B, C): the trunk's, at the last accepted token
-  Tensor hidden_;                    // (heads * B, C), head by head
-  Tensor logits_, q_;                // (heads * B, V)
-  SharedResult top_;                 // (heads * B, width)
-  std::vector<int32_t> candidates_;  // (heads, B, width); -1: no such candidate
+  Tensor last_hidden_;      // (B, C): the trunk's, at the last accepted token
+  Tensor inputs_, hidden_;  // (rows, C) of a pass; inputs_ with sequential heads only
+  Tensor logits_;           // (rows, V) of a pass
+  Tensor q_;                // (rows, V) of all passes of a step
+  // (rows) the sequence of each row of a pass, then (rows, level + 1) the tokens from the root to its node.
+  SharedResult asked_;
+  SharedResult top_;  // (rows, width) of a pass
+  std::vector<Row> rows_;
+  std::vector<int32_t> candidates_;  // (rows, width); -1: no such candidate
   std::vector<float> left_;
-  HostCopy q_host_;
+  std::vector<const float*> q_rows_;
+  std::vector<HostCopy> q_host_;  // of each pass
   Replay replay_;
-  std::vector<int> nodes_;  // tree node of each draft of the shape, -1 where it was left out
+  std::vector<int> nodes_;      // (B, kMaxDrafts) tree node of each draft of the shape
+  std::vector<int64_t> below_;  // (B, kMaxDrafts) row of the candidates below the root and each draft
 };
 
 // Watches a text go by and counts how often each head's candidates of each rank are the token that follows.
@@ -69,6 +95,7 @@ class MedusaProbe : public Drafter {
   int64_t heads_, ranks_;
   kernels::Arena memory_;
   Tensor rows_, hidden_, logits_, top_;
+  SharedResult tokens_;  // (rows, head + 1) the tokens after each row
   HostCopy top_host_;
   std::vector<std::vector<double>> hits_;
   std::vector<double> rows_seen_;

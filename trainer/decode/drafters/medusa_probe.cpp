@@ -9,6 +9,7 @@ MedusaProbe::MedusaProbe(const Context& ctx, const Model& model)
       heads_(model.config().heads.medusa),
       ranks_(std::min(kRanks, model.vocabulary())),
       memory_("probe", ctx.device),
+      tokens_(ctx.device, DType::i32, {kernels::kMaxDecodeRows * heads_}),
       hits_(heads_, std::vector<double>(ranks_)),
       rows_seen_(heads_) {
   for (int pass = 0; pass < 2; ++pass) {
@@ -26,7 +27,12 @@ void MedusaProbe::observe(const Context& ctx, int64_t, const SequenceView& view,
   for (int64_t i = 0; i < n; ++i) copy_on_device(ctx, hidden.slice(rows[i], 1), rows_.slice(i, 1));
   for (int64_t k = 0; k < heads_; ++k) {
     const Tensor head = hidden_.slice(0, n), logits = logits_.slice(0, n), top = top_.slice(0, n);
-    model_.medusa_hidden(ctx, k, rows_.slice(0, n), head);
+    const Tensor after = tokens_.tensor().slice(0, n * (k + 1)).view({n, k + 1});
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0, at = first + i + 1; j <= k; ++j, ++at)
+        after.as<int32_t>()[i * (k + 1) + j] =
+            at < static_cast<int64_t>(view.tokens.size()) ? view.tokens[at] : -1;
+    model_.medusa_hidden(ctx, k, rows_.slice(0, n), after, head);
     model_.logits(ctx, head, logits, k);
     kernels::top_k(ctx, logits, top);
     top_host_.send(ctx, top);

@@ -13,7 +13,8 @@ namespace trainer {
 
 struct HeadInput {
   Tensor hidden;  // (N, C) the trunk's, or the previous depth's
-  Tensor tokens;  // (N) int32, MTP only: token i + depth, negative past the end of a sequence
+  Tensor tokens;  // int32, negative past the end of a sequence. MTP: (N) token i + depth; sequential Medusa:
+                  // (offset, N) row j holds token i + 1 + j
   RowPlan plan;   // MTP only
 };
 

@@ -1,7 +1,9 @@
 #pragma once
 // A Medusa head (Cai et al. 2024): residual layers x + SiLU(W x + b), W and b from 0, so that a new head
 // equals the language model's; its own vocabulary layer, where the configuration asks for it, starts as a
-// copy of the unembedding. Head i, counting from 0, predicts the token i + 2 ahead.
+// copy of the unembedding. Head k, counting from 0, predicts the token k + 2 ahead. A sequential head (Hydra,
+// Ankner et al. 2024) also reads the k + 1 tokens between: its layers start from
+//   z_i = hidden_i + V [E[token i + 1]; ... ; E[token i + 1 + k]]      V (C, (k + 1) C) from 0, E the trunk's
 #include <array>
 #include <vector>
 
@@ -14,12 +16,13 @@ class Medusa final : public Head {
  public:
   static constexpr int kMaxLayers = 8;
   struct Saved final : HeadSaved {
+    Tensor between;                    // (N, (k + 1) C) the embeddings of the tokens between, sequential only
     std::array<Tensor, kMaxLayers> x;  // (N, C) the input of each layer
     std::array<Tensor, kMaxLayers> u;  // (N, C) W x + b
   };
 
   Medusa(ParameterStore& store, const configs::Config& config, int64_t index, int64_t vocabulary,
-         int unembedding);
+         int embedding, int unembedding);
   std::unique_ptr<HeadSaved> forward(const Context& ctx, const HeadInput& in, Tensor out,
                                      kernels::Arena& arena) const override;
   void backward(const Context& ctx, const HeadInput& in, const HeadSaved& saved, Tensor d,
@@ -28,11 +31,22 @@ class Medusa final : public Head {
   const Linear* own_vocabulary() const override { return own_ ? &vocabulary_ : nullptr; }
   void pack(const Context& ctx, kernels::Arena& panels) override;
 
-  void layers(const Context& ctx, const Tensor& hidden, Tensor out, Saved& saved, kernels::Arena& arena,
-              bool rows_alone) const;
+  // Rows alone, with working memory from ctx.scratch. tokens, of a sequential head: (N, k + 1) int32, row i
+  // the tokens between, negative where none is known; out may be hidden.
+  void decode(const Context& ctx, const Tensor& hidden, const Tensor& tokens, Tensor out) const;
 
  private:
+  void layers(const Context& ctx, const Tensor& hidden, Tensor out, Saved& saved, kernels::Arena& arena,
+              bool rows_alone) const;
+  void backward_tokens(const Context& ctx, const Tensor& tokens, const Tensor& between,
+                       const Tensor& dz) const;
+  Tensor allocate_between(kernels::Arena& arena, const Tensor& hidden) const;
+
+  ParameterStore& store_;
+  int embedding_;
+  bool sequential_;
   int first_;
+  Linear between_;  // V
   std::vector<Linear> layers_;
   bool own_;
   Linear vocabulary_;
