@@ -179,7 +179,7 @@ TEST(Repetition, SecondBestIsTakenWhereTheBestRepeats) {
   EXPECT_EQ(without_repeats({tokens.data(), 1}, logits, 3, 3), 3) << "a text shorter than the run";
 }
 
-// Sequences of other lengths beside it do not change a text.
+// Sequences of other lengths beside it change neither a text nor what is drafted for it.
 TEST_P(Speculation, ABatchIsItsSequencesAlone) {
   const kernels::Context ctx;
   Decoder one(ctx, *model_, 1, kCapacity), many(ctx, *model_, 3, kCapacity);
@@ -191,10 +191,17 @@ TEST_P(Speculation, ABatchIsItsSequencesAlone) {
     const DecodeRun run = many.run(prompts, greedy(110), drafter);
     for (size_t b = 0; b < prompts.size(); ++b)
       EXPECT_EQ(joined(prompts[b], run.sequences[b]), texts[b]) << name << ", sequence " << b;
+    return run;
   };
   check(nullptr, "plain");
-  for (const DrafterKind& kind : drafters())
-    check(make_drafter(many, kind.name, model_->config().decode).get(), kind.name);
+  for (const DrafterKind& kind : drafters()) {
+    const DecodeRun run = check(make_drafter(many, kind.name, model_->config().decode).get(), kind.name);
+    const auto alone = make_drafter(one, kind.name, model_->config().decode);
+    for (size_t b = 0; b < prompts.size(); ++b)
+      EXPECT_EQ(run.sequences[b].gained,
+                one.run({&prompts[b], 1}, greedy(110), alone.get()).sequences[0].gained)
+          << kind.name << ", sequence " << b;
+  }
   ScriptedDrafter gaps(oracle(texts, true)), wrong(garbage(8));
   check(&gaps, "oracle with gaps");
   check(&wrong, "garbage");
