@@ -46,6 +46,7 @@ configs::Config tiny_config(const fs::path& folder) {
   c.model.context = 64;
   c.model.attention = "linear,softmax";
   c.heads.medusa = 2;
+  c.heads.medusa_sequential = true;
   c.heads.mtp = 1;
   c.data.path = (folder / "data").string();
   c.optim.lr = 3e-3;

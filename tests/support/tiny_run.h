@@ -15,8 +15,8 @@ namespace support {
 void write_tiny_text(const std::filesystem::path& folder, int documents = 60);
 // write_tiny_text and data::prepare with the byte tokenizer, into folder / "data".
 void prepare_tiny_data(const std::filesystem::path& folder);
-// 2 layers of width 32, linear and softmax attention, two Medusa heads and one MTP depth; run directory
-// folder / "run".
+// 2 layers of width 32, linear and softmax attention, two sequential Medusa heads, one MTP depth; run
+// directory folder / "run".
 configs::Config tiny_config(const std::filesystem::path& folder);
 // Every tensor of the newest checkpoint of a run, byte for byte.
 std::map<std::string, std::vector<char>> stored_state(const std::filesystem::path& run);

@@ -66,6 +66,7 @@ std::vector<TinyOptions> models() {
       options.attention = attention;
       options.compute = compute;
       options.mtp = compute == std::string("fp16") ? 2 : 1;
+      options.medusa_sequential = attention == std::string("linear");
       all.push_back(options);
     }
   // Heads of 32: attention on tensor cores.
@@ -74,6 +75,7 @@ std::vector<TinyOptions> models() {
     options.attention = "softmax,linear";
     options.compute = compute;
     options.width = 128;
+    options.medusa_sequential = compute == std::string("bf16");
     all.push_back(options);
   }
   return all;
@@ -124,22 +126,25 @@ TEST_F(DecodeCuda, GuardedTextIsThatOfPlainDecoding) {
 TEST_F(DecodeCuda, CapturedEqualsEager) {
   TinyOptions options;
   options.compute = "fp16";
-  const auto eager_model = on_gpu(options, false), model = on_gpu(options, true);
-  Decoder eager(kOnGpu, *eager_model, 3, kCapacity), captured(kOnGpu, *model, 3, kCapacity);
-  const Prompts prompts = {random_tokens(20, 1), random_tokens(64, 2), random_tokens(3, 3)};
-  for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
-    EXPECT_EQ(texts(captured.run(prompts, settings(rule))), texts(eager.run(prompts, settings(rule))));
-    for (const DrafterKind& kind : drafters()) {
-      const auto a = make_drafter(captured, kind.name, model->config().decode);
-      const auto b = make_drafter(eager, kind.name, eager_model->config().decode);
-      for (int again = 0; again < 2; ++again)
-        EXPECT_EQ(texts(captured.run(prompts, settings(rule), a.get())),
-                  texts(eager.run(prompts, settings(rule), b.get())))
-            << kind.name << ", " << to_string(rule);
+  for (const bool sequential : {false, true}) {
+    options.medusa_sequential = sequential;
+    const auto eager_model = on_gpu(options, false), model = on_gpu(options, true);
+    Decoder eager(kOnGpu, *eager_model, 3, kCapacity), captured(kOnGpu, *model, 3, kCapacity);
+    const Prompts prompts = {random_tokens(20, 1), random_tokens(64, 2), random_tokens(3, 3)};
+    for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
+      EXPECT_EQ(texts(captured.run(prompts, settings(rule))), texts(eager.run(prompts, settings(rule))));
+      for (const DrafterKind& kind : drafters()) {
+        const auto a = make_drafter(captured, kind.name, model->config().decode);
+        const auto b = make_drafter(eager, kind.name, eager_model->config().decode);
+        for (int again = 0; again < 2; ++again)
+          EXPECT_EQ(texts(captured.run(prompts, settings(rule), a.get())),
+                    texts(eager.run(prompts, settings(rule), b.get())))
+              << kind.name << ", " << to_string(rule);
+      }
     }
+    EXPECT_TRUE(captured.captured());
+    EXPECT_FALSE(eager.captured());
   }
-  EXPECT_TRUE(captured.captured());
-  EXPECT_FALSE(eager.captured());
 }
 
 // In fp32 the GPU writes the CPU's text, as far as rounding leaves the choice alone: sums of some hundred
