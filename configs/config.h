@@ -26,7 +26,7 @@ struct ModelConfig {
   int64_t layers = 4, width = 256, heads = 4, kv_heads = 4, ffn_width = 704, context = 256;
   std::string norm = "rms", position = "rope", mlp = "swiglu", attention = "softmax";
   double norm_eps = 1e-5, rope_theta = 10000;
-  bool tie_embeddings = true, bias = false;
+  bool tie_embeddings = true, embedding_norm = false, bias = false;
   template <typename Visitor>
   void options(Visitor&& v) {
     v(layers, "layers", Range{1, 512}, "transformer blocks");
@@ -43,6 +43,9 @@ struct ModelConfig {
     v(attention, "attention", Choices{},
       "attention kind per layer, a comma-separated pattern repeated over the layers");
     v(tie_embeddings, "tie_embeddings", "use the token embedding as the unembedding too");
+    v(embedding_norm, "embedding_norm",
+      "normalise the embeddings before the first layer: small models learn much faster with them at full "
+      "size");
     v(bias, "bias", "biases in the linear layers of attention and feed-forward, as GPT-2");
   }
 };

@@ -45,6 +45,7 @@ configs::Config tiny_config(const fs::path& folder) {
   c.model.ffn_width = 64;
   c.model.context = 64;
   c.model.attention = "linear,softmax";
+  c.model.embedding_norm = true;
   c.heads.medusa = 2;
   c.heads.medusa_sequential = true;
   c.heads.mtp = 1;

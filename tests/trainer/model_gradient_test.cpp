@@ -59,9 +59,11 @@ const Variant kVariants[] = {
        c.heads.medusa_sequential = true;
        c.model.tie_embeddings = false;
      }},
+    {"embedding_norm_tied", [](configs::Config& c) { c.model.embedding_norm = true; }},
     {"mtp_two_tied", [](configs::Config& c) { c.heads.mtp = 2; }},
     {"everything",
      [](configs::Config& c) {
+       c.model.embedding_norm = true;
        c.model.attention = "linear,softmax";
        c.model.norm = "layer";
        c.model.tie_embeddings = false;

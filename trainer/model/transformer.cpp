@@ -15,6 +15,7 @@ Transformer::Transformer(ParameterStore& store, const configs::Config& config, i
   embedding_ = store.add("embedding.weight", {vocabulary, model.width}, {Init::Kind::normal});
   if (model.position == "learned")
     positions_ = store.add("position_embedding.weight", {model.context, model.width}, {Init::Kind::normal});
+  if (model.embedding_norm) embedding_norm_.emplace(store, model, "embedding_norm");
   const std::vector<std::string> kinds = configs::attention_per_layer(model);
   for (size_t i = 0; i < kinds.size(); ++i)
     blocks_.emplace_back(store, config, kinds[i], "blocks." + std::to_string(i));
@@ -25,6 +26,18 @@ int64_t Transformer::begin(int parameter) const {
   return store_.parameters()[static_cast<size_t>(parameter)].begin;
 }
 
+void Transformer::embed(const Context& ctx, const Tensor& tokens, const RowPlan& plan, Tensor x, Saved& saved,
+                        kernels::Arena& arena) const {
+  saved.embedded = x;
+  if (embedding_norm_) {
+    saved.embedded = arena.allocate("embedded", x.dtype, x.shape);
+    saved.embedded_statistics = embedding_norm_->allocate_statistics(arena, x.rows());
+  }
+  kernels::embedding(ctx, tokens, store_.weight(embedding_), plan.positions,
+                     positions_ >= 0 ? store_.weight(positions_) : Tensor{}, saved.embedded);
+  if (embedding_norm_) embedding_norm_->forward(ctx, saved.embedded, x, saved.embedded_statistics);
+}
+
 void Transformer::forward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, States* states,
                           Tensor hidden, Saved* saved, kernels::Arena& arena) const {
   std::optional<kernels::ArenaScope> passing_through;
@@ -32,8 +45,8 @@ void Transformer::forward(const Context& ctx, const Tensor& tokens, const RowPla
   const auto allocate_x = [&] { return arena.allocate("x", hidden.dtype, hidden.shape); };
   Tensor x = allocate_x();
   const Tensor statistics = final_norm_.allocate_statistics(arena, hidden.rows());
-  kernels::embedding(ctx, tokens, store_.weight(embedding_), plan.positions,
-                     positions_ >= 0 ? store_.weight(positions_) : Tensor{}, x);
+  Saved passing;
+  embed(ctx, tokens, plan, x, saved ? *saved : passing, arena);
   if (saved) {
     saved->x = {x};
     saved->blocks.resize(blocks_.size());
@@ -54,6 +67,18 @@ void Transformer::forward(const Context& ctx, const Tensor& tokens, const RowPla
   if (saved) saved->statistics = statistics;
 }
 
+void Transformer::backward_embedding(const Context& ctx, const Tensor& tokens, const RowPlan& plan,
+                                     const Saved& saved, const Tensor& d) const {
+  const kernels::ArenaScope scope(*ctx.scratch);
+  Tensor dembedded = d;
+  if (embedding_norm_) {
+    dembedded = ctx.scratch->allocate("dembedded", d.dtype, d.shape);
+    embedding_norm_->backward(ctx, d, saved.embedded, saved.embedded_statistics, dembedded, false);
+  }
+  kernels::embedding_backward(ctx, dembedded, tokens, store_.gradient(embedding_), plan.positions,
+                              positions_ >= 0 ? store_.gradient(positions_) : Tensor{});
+}
+
 void Transformer::backward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, const Saved& saved,
                            const Tensor& dhidden, const std::function<void(int64_t)>& gradients_final) const {
   const kernels::ArenaScope scope(*ctx.scratch);
@@ -64,8 +89,7 @@ void Transformer::backward(const Context& ctx, const Tensor& tokens, const RowPl
     blocks_[i].backward(ctx, saved.x[i], plan, saved.blocks[i], d);
     gradients_final(begin(blocks_[i].first_parameter()));
   }
-  kernels::embedding_backward(ctx, d, tokens, store_.gradient(embedding_), plan.positions,
-                              positions_ >= 0 ? store_.gradient(positions_) : Tensor{});
+  backward_embedding(ctx, tokens, plan, saved, d);
   gradients_final(0);
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 // The trunk: embedding, blocks, final norm. It knows no heads.
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "configs/config.h"
@@ -13,7 +14,8 @@ class Transformer {
   struct Saved {
     std::vector<Tensor> x;  // (N, C) the input of each block, then of the final norm
     std::vector<Block::Saved> blocks;
-    Tensor statistics;  // (N, 1, 2) of the final norm
+    Tensor statistics;                     // (N, 1, 2) of the final norm
+    Tensor embedded, embedded_statistics;  // (N, C), (N, 1, 2): what embedding_norm read
   };
   using States = std::vector<std::unique_ptr<AttentionState>>;
 
@@ -36,9 +38,14 @@ class Transformer {
 
  private:
   int64_t begin(int parameter) const;
+  void embed(const Context& ctx, const Tensor& tokens, const RowPlan& plan, Tensor x, Saved& saved,
+             kernels::Arena& arena) const;
+  void backward_embedding(const Context& ctx, const Tensor& tokens, const RowPlan& plan, const Saved& saved,
+                          const Tensor& d) const;
 
   ParameterStore& store_;
   int embedding_ = -1, positions_ = -1;
+  std::optional<Norm> embedding_norm_;
   std::vector<Block> blocks_;
   Norm final_norm_;
 };
