@@ -266,8 +266,8 @@ first_half() {
 part_real() {
   local run=$work/real batch=${REAL_BATCH:-16} context=${REAL_CONTEXT:-4096} count set rc=0 ranks=1
   prepare
-  set=(data.path="$work/files" heads.medusa=4 heads.mtp=1 model.context="$context" train.batch="$batch"
-    train.micro_batch=$((batch / 2)) decode.prompt_tokens=128 decode.no_repeat=-1 decode.batches="$(sized 200 50)")
+  set=(data.path="$work/files" heads.medusa=4 heads.medusa_sequential=true heads.mtp=1 model.context="$context"
+    train.batch="$batch" train.micro_batch=$((batch / 2)) decode.prompt_tokens=128 decode.no_repeat=-1 decode.batches="$(sized 200 50)")
   count=$(real_steps "${set[@]}")
   settings "$run" linear_124m "${set[@]}" train.steps="$count" optim.warmup=$((count / 20)) \
     train.validate_every=$((count / 8)) checkpoint.every=$((count / 3))
