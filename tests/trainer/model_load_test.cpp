@@ -110,12 +110,14 @@ TEST_F(ModelLoad, MedusaHeadsBecomeSequential) {
   sequential.heads.medusa_sequential = true;
   const auto model = make(sequential, 4);
   EXPECT_EQ(trainer::load_weights({}, checkpoint, *model),
-            (std::vector<std::string>{"medusa.0.tokens.weight", "medusa.1.tokens.weight"}));
+            (std::vector<std::string>{"medusa.0.tokens.weight", "medusa.0.tokens.norm.weight",
+                                      "medusa.1.tokens.weight", "medusa.1.tokens.norm.weight"}));
   const auto& store = model->parameters();
   for (const double v : to_doubles(store.master(store.find("medusa.1.tokens.weight")))) EXPECT_EQ(v, 0);
   for (const double v : to_doubles(store.master(store.find("medusa.1.layers.0.weight")))) EXPECT_EQ(v, 0.25);
-  EXPECT_NE(refusal(save(*model), plain).find("'medusa.0.tokens.weight', which this model has no place for"),
-            std::string::npos);
+  EXPECT_NE(
+      refusal(save(*model), plain).find("'medusa.0.tokens.norm.weight', which this model has no place for"),
+      std::string::npos);
 }
 
 TEST_F(ModelLoad, RefusesAnotherArchitectureByKey) {

@@ -130,7 +130,7 @@ bool holds_part_of(const std::set<std::string>& names, const std::string& head) 
 
 // What a sequential Medusa head adds to one that is not: from 0 it changes nothing.
 bool adds_tokens(const std::string& name) {
-  return name.starts_with("medusa.") && name.ends_with(".tokens.weight");
+  return name.starts_with("medusa.") && name.find(".tokens.") != std::string::npos;
 }
 
 void take(const Source& source, const std::filesystem::path& path, const std::string& name,

@@ -2,10 +2,12 @@
 // The model: a trunk of pre-norm blocks, and heads that look further ahead. The same forward serves training,
 // evaluation, prefill, drafting and verification.
 //
-//   x_0 = E[tokens] (+ P[positions]), normalised where model.embedding_norm;  x += attention(norm(x));  x += mlp(norm(x));  hidden = norm(x)
+//   x_0 = E[tokens] (+ P[positions]), normalised where model.embedding_norm
+//   x += attention(norm(x));  x += mlp(norm(x));  hidden = norm(x)
 //   language model   logits(hidden_i)            predicts token i + 1    (offset 0)
 //   Medusa k >= 0    logits(residual_k(hidden_i)) predicts token i + 2 + k (offset k + 1)
-//                    sequential: residual_k(hidden_i + V_k [E[token i + 1]; ...; E[token i + 1 + k]])
+//                    sequential: residual_k(hidden_i + V_k [norm(E[token i + 1]); ...; norm(E[token i + 1
+//                    + k])])
 //   MTP depth k >= 1 hidden^k_i = norm(block(W [norm(E[token i + k]); norm(hidden^{k-1}_i)])), hidden^0 =
 //   hidden;
 //                    logits(hidden^k_i)          predicts token i + 1 + k (offset k)

@@ -19,6 +19,7 @@ Medusa::Medusa(ParameterStore& store, const configs::Config& config, int64_t ind
   if (sequential_) {
     const int between = store.add(name() + ".tokens.weight", {width, offset() * width}, {});
     between_ = Linear(store, between, between);
+    token_norm_ = Norm(store, config.model, name() + ".tokens.norm");
   }
   for (int64_t i = 0; i < config.heads.medusa_layers; ++i) {
     const int weight = store.add(fmt::format("{}.layers.{}.weight", name(), i), {width, width}, {});
@@ -36,6 +37,7 @@ void Medusa::layers(const Context& ctx, const Tensor& hidden, Tensor out, Saved&
   Tensor x = hidden;
   if (sequential_) {
     x = arena.allocate("medusa joined", hidden.dtype, hidden.shape);
+    token_norm_.forward(ctx, each_token(saved.embedded), each_token(saved.between), saved.statistics);
     between_.forward_add(ctx, saved.between, hidden, x, rows_alone);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -54,10 +56,10 @@ std::unique_ptr<HeadSaved> Medusa::forward(const Context& ctx, const HeadInput& 
   auto saved = std::make_unique<Saved>();
   if (sequential_) {
     const int64_t n = in.hidden.rows(), c = in.hidden.cols();
-    saved->between = allocate_between(arena, in.hidden);
+    allocate_between(arena, in.hidden, *saved);
     for (int64_t j = 0; j < offset(); ++j)
       kernels::embedding(ctx, in.tokens.slice(j, 1).view({n}), store_.weight(embedding_), {}, {},
-                         saved->between.columns(j * c, c));
+                         saved->embedded.columns(j * c, c));
   }
   layers(ctx, in.hidden, out, *saved, arena, false);
   return saved;
@@ -68,15 +70,21 @@ void Medusa::decode(const Context& ctx, const Tensor& hidden, const Tensor& toke
   Saved passing;
   if (sequential_) {
     const int64_t rows = hidden.rows() * offset();
-    passing.between = allocate_between(*ctx.scratch, hidden);
+    allocate_between(*ctx.scratch, hidden, passing);
     kernels::embedding(ctx, tokens.view({rows}), store_.weight(embedding_), {}, {},
-                       passing.between.view({rows, hidden.cols()}));
+                       each_token(passing.embedded));
   }
   layers(ctx, hidden, out, passing, *ctx.scratch, true);
 }
 
-Tensor Medusa::allocate_between(kernels::Arena& arena, const Tensor& hidden) const {
-  return arena.allocate("medusa tokens", hidden.dtype, {hidden.rows(), offset() * hidden.cols()});
+void Medusa::allocate_between(kernels::Arena& arena, const Tensor& hidden, Saved& saved) const {
+  for (Tensor* t : {&saved.embedded, &saved.between})
+    *t = arena.allocate("medusa tokens", hidden.dtype, {hidden.rows(), offset() * hidden.cols()});
+  saved.statistics = token_norm_.allocate_statistics(arena, hidden.rows() * offset());
+}
+
+Tensor Medusa::each_token(const Tensor& t) const {
+  return t.view({t.rows() * offset(), t.cols() / offset()});
 }
 
 void Medusa::backward(const Context& ctx, const HeadInput& in, const HeadSaved& base, Tensor d,
@@ -90,19 +98,22 @@ void Medusa::backward(const Context& ctx, const HeadInput& in, const HeadSaved& 
     if (i > 0 || dhidden || sequential_) layers_[i].backward_input(ctx, du, d, true);
   }
   if (dhidden) kernels::add(ctx, dhidden, d, dhidden);
-  if (sequential_) backward_tokens(ctx, in.tokens, saved.between, d);
+  if (sequential_) backward_tokens(ctx, in.tokens, saved, d);
 }
 
-void Medusa::backward_tokens(const Context& ctx, const Tensor& tokens, const Tensor& between,
+void Medusa::backward_tokens(const Context& ctx, const Tensor& tokens, const Saved& saved,
                              const Tensor& dz) const {
-  between_.backward_weight(ctx, dz, between);
-  if (!store_.parameters()[static_cast<size_t>(embedding_)].trainable) return;
   const kernels::ArenaScope scope(*ctx.scratch);
   const int64_t n = dz.rows(), c = dz.cols();
-  const Tensor dbetween = ctx.scratch->allocate("medusa dtokens", dz.dtype, between.shape);
+  const Tensor dbetween = ctx.scratch->allocate("medusa dtokens", dz.dtype, saved.between.shape);
+  const Tensor dembedded = ctx.scratch->allocate("medusa dtokens", dz.dtype, saved.between.shape);
+  between_.backward_weight(ctx, dz, saved.between);
   between_.backward_input(ctx, dz, dbetween);
+  token_norm_.backward(ctx, each_token(dbetween), each_token(saved.embedded), saved.statistics,
+                       each_token(dembedded), false);
+  if (!store_.parameters()[static_cast<size_t>(embedding_)].trainable) return;
   for (int64_t j = 0; j < offset(); ++j)
-    kernels::embedding_backward(ctx, dbetween.columns(j * c, c), tokens.slice(j, 1).view({n}),
+    kernels::embedding_backward(ctx, dembedded.columns(j * c, c), tokens.slice(j, 1).view({n}),
                                 store_.gradient(embedding_), {}, {});
 }
 

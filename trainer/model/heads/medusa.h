@@ -3,7 +3,8 @@
 // equals the language model's; its own vocabulary layer, where the configuration asks for it, starts as a
 // copy of the unembedding. Head k, counting from 0, predicts the token k + 2 ahead. A sequential head (Hydra,
 // Ankner et al. 2024) also reads the k + 1 tokens between: its layers start from
-//   z_i = hidden_i + V [E[token i + 1]; ... ; E[token i + 1 + k]]      V (C, (k + 1) C) from 0, E the trunk's
+//   z_i = hidden_i + V [norm(E[token i + 1]); ... ; norm(E[token i + 1 + k])]
+// with V (C, (k + 1) C) from 0 and E the trunk's.
 #include <array>
 #include <vector>
 
@@ -16,7 +17,9 @@ class Medusa final : public Head {
  public:
   static constexpr int kMaxLayers = 8;
   struct Saved final : HeadSaved {
-    Tensor between;                    // (N, (k + 1) C) the embeddings of the tokens between, sequential only
+    // Sequential only: the embeddings of the tokens between, and their norms.
+    Tensor embedded, between;          // (N, (k + 1) C)
+    Tensor statistics;                 // (N (k + 1), 1, 2)
     std::array<Tensor, kMaxLayers> x;  // (N, C) the input of each layer
     std::array<Tensor, kMaxLayers> u;  // (N, C) W x + b
   };
@@ -38,15 +41,16 @@ class Medusa final : public Head {
  private:
   void layers(const Context& ctx, const Tensor& hidden, Tensor out, Saved& saved, kernels::Arena& arena,
               bool rows_alone) const;
-  void backward_tokens(const Context& ctx, const Tensor& tokens, const Tensor& between,
-                       const Tensor& dz) const;
-  Tensor allocate_between(kernels::Arena& arena, const Tensor& hidden) const;
+  void backward_tokens(const Context& ctx, const Tensor& tokens, const Saved& saved, const Tensor& dz) const;
+  Tensor each_token(const Tensor& t) const;  // (N, (k + 1) C) as (N (k + 1), C)
+  void allocate_between(kernels::Arena& arena, const Tensor& hidden, Saved& saved) const;
 
   ParameterStore& store_;
   int embedding_;
   bool sequential_;
   int first_;
   Linear between_;  // V
+  Norm token_norm_;
   std::vector<Linear> layers_;
   bool own_;
   Linear vocabulary_;
