@@ -153,6 +153,7 @@ def scaling(out, runs, peer):
     speeds = {name: speed(steps[name]) for name in ("one", "both", "sharded")}
     result = {"tokens_per_second": {name: round(value) for name, value in speeds.items()}}
     result["scaling"] = round(speeds["both"] / speeds["one"], 4)
+    result["sharded_scaling"] = round(speeds["sharded"] / speeds["one"], 4)
     same = [s["loss"] for s in steps["same"]]
     result["difference_to_one_rank"] = {n: furthest([s["loss"] for s in steps[n]], same) for n in ("both", "sharded")}
     rows = [row for row in lines_of(peer) if "tokens_per_second" in row]
@@ -170,13 +171,15 @@ def scaling(out, runs, peer):
 
 def losses(out, half, full, peer):
     """FP16's rounding is what the peer's own FP16 differs from its FP32 by; ours may differ from the peer's by as much
-    again, since two roundings meet, and by 0.1% where that is less."""
+    again, since two roundings meet, and by 0.1% where that is less. Our FP16 stands beside the peer's FP32 too, which
+    no skipped step shifts."""
     ours = {"fp16": [s["loss"] for s in steps_of(half)], "fp32": [s["loss"] for s in steps_of(full)]}
     rows = lines_of(peer)
     theirs = {row["precision"]: row["losses"] for row in rows}
     count = min(map(len, [*ours.values(), *theirs.values()]))
     allowed = max(2 * furthest(theirs["fp16"][:count], theirs["fp32"][:count]), 1e-3)
     differences = {p: furthest(ours[p][:count], theirs[p][:count]) for p in ours}
+    differences["fp16 beside fp32"] = furthest(ours["fp16"][:count], theirs["fp32"][:count])
     skipped = [s["step"] for s in steps_of(half) if s["skipped"]]
     result = {"steps": count, "allowed": allowed, "largest_relative_difference": differences, "skipped": skipped}
     write(out, {**result, "ours": ours, "peer": theirs, "peer_versions": rows[0]["versions"]})
