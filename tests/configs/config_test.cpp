@@ -161,6 +161,21 @@ TEST(Config, PresetsAreValid) {
   EXPECT_GE(count, 2);
 }
 
+// New heads go on the trunk that the quickstart trains.
+TEST(Config, ThePresetForNewHeadsHasTheQuickstartsTrunk) {
+  const std::string presets = FORETELL_SOURCE "/configs/presets/";
+  const Config trunk = load_config(presets + "quickstart.cfg", {});
+  Config heads = load_config(presets + "medusa1.cfg", {});
+  EXPECT_TRUE(heads.heads.medusa_sequential == trunk.heads.medusa_sequential);
+  EXPECT_GE(heads.heads.mtp, trunk.heads.mtp);
+  const auto model_of = [](Config c) {
+    Config only;
+    only.model = c.model;
+    return to_ini(only);
+  };
+  EXPECT_EQ(model_of(heads), model_of(trunk));
+}
+
 TEST(Config, AttentionPatternRepeats) {
   ModelConfig model;
   model.layers = 5;

@@ -2,8 +2,8 @@
 """Tokens per second of one PyTorch training step on CPU cores, for comparison with `foretell train`.
 
 The model is the one Foretell trains: pre-norm blocks with RMSNorm, RoPE, softmax or linear attention (elu+1
-with its normaliser, as products of matrices over chunks), SwiGLU, tied embeddings, Medusa heads that share the
-unembedding, DeepSeek-style MTP depths, AdamW with clipping. Everything is FP32.
+with its normaliser, as products of matrices over chunks), SwiGLU, normalised embeddings and an unembedding of its own,
+sequential Medusa heads, DeepSeek-style MTP depths, AdamW with clipping. Everything is FP32.
 
 Set-up, from PyPI:
 
@@ -133,15 +133,31 @@ class MtpDepth(nn.Module):
         return self.norm(self.block(self.projection(joined), cosines, sines))
 
 
+class MedusaHead(nn.Module):
+    """z + SiLU(W z + b), z = hidden + V [norm(E[token i + 1]); ..; norm(E[token i + offset])]"""
+
+    def __init__(self, args, offset):
+        super().__init__()
+        self.token_norm = nn.RMSNorm(args.width, eps=1e-5)
+        self.between = nn.Linear(offset * args.width, args.width, bias=False)
+        self.layer = nn.Linear(args.width, args.width)
+
+    def forward(self, embedded, hidden):
+        z = hidden + self.between(torch.cat([self.token_norm(e) for e in embedded], dim=-1))
+        return z + F.silu(self.layer(z))
+
+
 class Model(nn.Module):
     def __init__(self, args, loss_weight=0.2, loss_decay=0.8):
         super().__init__()
         kinds = args.attention.split(",")
         self.context = args.context
         self.embedding = nn.Embedding(args.vocabulary, args.width)
+        self.embedding_norm = nn.RMSNorm(args.width, eps=1e-5)
+        self.unembedding = nn.Linear(args.width, args.vocabulary, bias=False)
         self.blocks = nn.ModuleList(Block(args, kinds[i % len(kinds)]) for i in range(args.layers))
         self.norm = nn.RMSNorm(args.width, eps=1e-5)
-        self.medusa = nn.ModuleList(nn.Linear(args.width, args.width) for _ in range(args.medusa))
+        self.medusa = nn.ModuleList(MedusaHead(args, i + 1) for i in range(args.medusa))
         self.mtp = nn.ModuleList(MtpDepth(args) for _ in range(args.mtp))
         self.weight = lambda place: loss_weight * loss_decay**place
         cosines, sines = rotary_table(args.context, args.width // args.heads)
@@ -152,25 +168,26 @@ class Model(nn.Module):
                 std = 0.02 / math.sqrt(2 * args.layers) if name.endswith(("out.weight", "down.weight")) else 0.02
                 nn.init.normal_(parameter, std=std)
         for head in self.medusa:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            for parameter in (head.between.weight, head.layer.weight, head.layer.bias):
+                nn.init.zeros_(parameter)
 
     def loss(self, hidden, tokens, offset):
         targets = tokens[:, 1 + offset : 1 + offset + self.context]
-        return F.cross_entropy(F.linear(hidden, self.embedding.weight).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.unembedding(hidden).flatten(0, 1), targets.flatten())
 
     def forward(self, tokens):
         """tokens (B, context + 1 + the largest offset): every position has every target."""
-        x = self.embedding(tokens[:, : self.context])
+        furthest = max(len(self.medusa), len(self.mtp))
+        embedded = [self.embedding(tokens[:, i : i + self.context]) for i in range(1 + furthest)]
+        x = self.embedding_norm(embedded[0])
         for block in self.blocks:
             x = block(x, self.cosines, self.sines)
         hidden = self.norm(x)
         total = self.loss(hidden, tokens, 0)
         for i, head in enumerate(self.medusa):
-            total = total + self.weight(i) * self.loss(hidden + F.silu(head(hidden)), tokens, i + 1)
+            total = total + self.weight(i) * self.loss(head(embedded[1 : i + 2], hidden), tokens, i + 1)
         for i, depth in enumerate(self.mtp):
-            embedded = self.embedding(tokens[:, i + 1 : i + 1 + self.context])
-            hidden = depth(embedded, hidden, self.cosines, self.sines)
+            hidden = depth(embedded[i + 1], hidden, self.cosines, self.sines)
             total = total + self.weight(i) * self.loss(hidden, tokens, i + 1)
         return total
 
