@@ -52,15 +52,16 @@ result() { "$python" tests/bench/gpu_results.py "$@"; }
 gpu_count() { nvidia-smi -L | wc -l; }
 # peer OUT SECTION [OPTION...]: adds lines to OUT. A peer that cannot run fails the part, but only at its end.
 peer() {
-  local out=$1 start=(env "LD_LIBRARY_PATH=$peers_libraries" "$python")
+  local out=$1 start=(env "LD_LIBRARY_PATH=$peers_libraries" "$python") said
   shift
+  said=$(mktemp "$work/peer.XXXXXX")  # parts may run beside each other, each on GPUs of its own
   [ -z "${PEER_GPUS:-}" ] || start+=(-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$PEER_GPUS")
-  if ! "${start[@]}" tests/bench/peers/pytorch_gpu.py "$@" >"$work/peer.out" 2>"$work/peer.err"; then
-    tail -n 3 "$work/peer.err"
+  if ! "${start[@]}" tests/bench/peers/pytorch_gpu.py "$@" >"$said" 2>"$said.err"; then
+    tail -n 3 "$said.err"
     missing_peer=$1
   fi
-  sed -n '/^{/p' "$work/peer.out" >>"$out"
-  cut -c 1-300 "$work/peer.out"
+  sed -n '/^{/p' "$said" >>"$out"
+  cut -c 1-300 "$said"
 }
 # bench NAME PROGRAM FILTER: google-benchmark into gpu_NAME.json
 bench() {
