@@ -87,6 +87,13 @@ on_gpus() {
   tool=$(program foretell)
   if [ "$ranks" -gt 1 ]; then mpirun --bind-to none -np "$ranks" "$tool" "$@"; else "$tool" "$@"; fi
 }
+# on_gpu N COMMAND...: with the N-th GPU alone.
+on_gpu() {
+  local all=(0 1) n=$1
+  shift
+  [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || IFS=, read -ra all <<<"$CUDA_VISIBLE_DEVICES"
+  CUDA_VISIBLE_DEVICES=${all[n]} "$@"
+}
 # train GPUS RUN CONFIG KEY=VALUE...: a run from its beginning.
 train() {
   local ranks=$1
@@ -166,7 +173,7 @@ part_train_124m() {
 }
 
 part_train_1558m() {
-  peer "$(fresh train_1558m)" train --layers 48 --width 1600 --heads 25 --batch 16 --steps "$steps"
+  peer "$(fresh train_1558m)" train --layers 48 --width 1600 --heads 25 --batch 16 --lr 2e-4 --steps "$steps"
   bench train_1558m train_step_bench gpu_step/gpt2_1558m
 }
 
@@ -184,7 +191,7 @@ part_decode() {
 }
 
 part_two() {
-  local out count comm set
+  local out count comm set gpu
   count=$(gpu_count)
   if [ "$count" -lt 2 ]; then
     echo "needs two GPUs, here is $count"
@@ -196,13 +203,18 @@ part_two() {
   prepare
   set=(data.path="$work/joined" train.micro_batch=32 train.steps="$(sized 200 60)" optim.warmup=20 optim.schedule=constant
     train.validate_every=0 checkpoint.every=0)
-  train 1 "$work/two/one" gpt2_124m "${set[@]}" train.batch=32
+  # Each GPU alone, both at once: they are not equally fast, and share the host and its cooling in what follows too.
+  for gpu in 0 1; do
+    on_gpu $gpu train 1 "$work/two/one_$gpu" gpt2_124m "${set[@]}" train.batch=32 &
+  done
+  wait
   train 2 "$work/two/both" gpt2_124m "${set[@]}" train.batch=64
   train 2 "$work/two/sharded" gpt2_124m "${set[@]}" train.batch=64 comm.zero=1
   # The same steps as both GPUs made, on one.
   train 1 "$work/two/same" gpt2_124m "${set[@]}" train.batch=64 train.steps=20
   out=$(fresh two)
-  peer "$out" train --steps "$steps"
+  for gpu in 0 1; do on_gpu $gpu peer "$out" train --steps "$steps" & done
+  wait
   PEER_GPUS=2 peer "$out" train --steps "$steps"
   result scaling "$results/gpu_two.json" "$work/two" "$out"
 }

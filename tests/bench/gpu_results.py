@@ -5,7 +5,7 @@
     gpu_results.py benchmark FILE                a google-benchmark result holds figures, and names its GPU
     gpu_results.py tests OUT NAME=FILE...        the JSON reports of test programs
     gpu_results.py sanitizers OUT NAME=LOG...    the logs of compute-sanitizer
-    gpu_results.py scaling OUT RUNS PEER         one GPU, both, both with ZeRO, and the same steps on one; the peer
+    gpu_results.py scaling OUT RUNS PEER         each GPU, both, both with ZeRO, and the same steps on one; the peer
     gpu_results.py losses OUT FP16 FP32 PEER     losses of two runs beside the peer's
     gpu_results.py precision OUT FP16 FP32       two runs on the same tokens
     gpu_results.py curve OUT METRICS             a run's curve, in a few hundred points
@@ -148,25 +148,31 @@ def speed(steps):
 
 def scaling(out, runs, peer):
     """Ranks add the same micro-batches' gradients in another order: FP32 rounding, which 20 steps of FP16 training
-    make no larger than FP16's own 2^-10."""
-    steps = {name: steps_of(f"{runs}/{name}/metrics.jsonl") for name in ("one", "both", "sharded", "same")}
-    speeds = {name: speed(steps[name]) for name in ("one", "both", "sharded")}
+    make no larger than FP16's own 2^-10. GPUs of one kind differ in what their power allows, and two that wait for
+    each other go as fast as the slower: that one alone is what both are compared with, ours and the peer's."""
+    names = ("one_0", "one_1", "both", "sharded", "same")
+    steps = {name: steps_of(f"{runs}/{name}/metrics.jsonl") for name in names}
+    speeds = {name: speed(steps[name]) for name in names[:-1]}
     result = {"tokens_per_second": {name: round(value) for name, value in speeds.items()}}
-    result["scaling"] = round(speeds["both"] / speeds["one"], 4)
-    result["sharded_scaling"] = round(speeds["sharded"] / speeds["one"], 4)
+    slower = min(speeds["one_0"], speeds["one_1"])
+    result["scaling"] = round(speeds["both"] / slower, 4)
+    result["sharded_scaling"] = round(speeds["sharded"] / slower, 4)
     same = [s["loss"] for s in steps["same"]]
     result["difference_to_one_rank"] = {n: furthest([s["loss"] for s in steps[n]], same) for n in ("both", "sharded")}
     rows = [row for row in lines_of(peer) if "tokens_per_second" in row]
-    by_gpus = {row["gpus"]: row["tokens_per_second"] for row in rows}
-    if 1 in by_gpus and 2 in by_gpus:
+    alone = [row["tokens_per_second"] for row in rows if row["gpus"] == 1]
+    both = [row["tokens_per_second"] for row in rows if row["gpus"] == 2]
+    if alone and both:
         result["peer"] = {"engine": rows[-1]["engine"], "versions": rows[-1]["versions"]}
-        result["peer"]["tokens_per_second"] = [by_gpus[1], by_gpus[2]]
-        result["peer"]["scaling"] = round(by_gpus[2] / by_gpus[1], 4)
+        result["peer"]["tokens_per_second"] = [*alone, *both]
+        result["peer"]["scaling"] = round(both[0] / min(alone), 4)
     write(out, result)
     differences = result["difference_to_one_rank"]
     problems = [f"{n}: the loss differs by {d:.2e} from one rank's" for n, d in differences.items() if d > 2**-10]
+    if "peer" not in result:
+        problems.append("the peer did not run")
     said = ", ".join(f"{name} {value:,.0f}" for name, value in speeds.items())
-    return finish(f"two GPUs: {result['scaling']:.3f} x one; tokens/s: {said}", problems)
+    return finish(f"two GPUs: {result['scaling']:.3f} x the slower of them alone; tokens/s: {said}", problems)
 
 
 def losses(out, half, full, peer):
