@@ -9,6 +9,10 @@
 // a panel (16 outputs, all inputs) are cut into slices, and the slices dealt out to the blocks of a cluster;
 // in a slice each warp has every eighth tile. The warps of a block are added in order, then the blocks.
 //
+// Rows of x beyond 16 are other blocks' work (blockIdx.y): they read the same weights at the same time, from
+// level 2, and a block that holds fewer rows needs half the registers, so that blocks of the next kernel find
+// room beside it.
+//
 // A norm ahead of the layer is computed by every block for itself, in the registers that hold x, where a
 // block has all inputs: it costs less than a kernel of its own takes to start and end.
 #include <algorithm>
@@ -27,12 +31,13 @@ __device__ __forceinline__ float gelu_of(float x) {
   return x / (1 + expf(-twice_u));
 }
 
-// This thread's share of a panel's outputs, which are dealt out to the threads of all blocks of a cluster,
-// and what is added to the sums there: fetched ahead of them.
+// This thread's share of the outputs of a block's panels, which are dealt out to the threads of all blocks of
+// a cluster, and what is added to the sums there: fetched ahead of them.
 // Behind a norm a cluster is one block, and there is no residual.
-template <typename T, int kColumns, bool kNorm>
+template <typename T, int kColumns, int kSide, bool kNorm>
 struct Outputs {
-  static constexpr int kCount = std::max(kColumns * 8 * kPanel / kThreads, 1);
+  static constexpr int kPanelElements = kColumns * 8 * kPanel, kElements = kSide * kPanelElements;
+  static constexpr int kCount = std::max(kElements / kThreads, 1);
   T bias[kCount], residual[kCount];
 
   static __device__ __forceinline__ int blocks() { return kNorm ? 1 : static_cast<int>(cluster_size()); }
@@ -45,7 +50,9 @@ struct Outputs {
     int n, m;
     bool inside;
     __device__ Place(const RowsCall& a, int panel, int element)
-        : n(element / kPanel), m(panel * kPanel + element % kPanel), inside(n < a.rows && m < a.out) {}
+        : n(first_row() + element % kPanelElements / kPanel),
+          m((panel + element / kPanelElements) * kPanel + element % kPanel),
+          inside(element < kElements && n < a.rows && m < a.out) {}
   };
 
   __device__ __forceinline__ void load_bias(const RowsCall& a, int panel) {
@@ -78,27 +85,32 @@ struct Outputs {
   }
 };
 
-// Adds the warps' sums, then the blocks', and writes one panel's outputs.
+template <int kColumns>
+using WarpSums = float[kWarps][kColumns * 8 * kPitch];
+
+// Adds the warps' sums, then the blocks', and writes the outputs of the block's panels, of which `panel` is
+// the first.
 template <int kColumns, class Shares>
 __device__ __forceinline__ void finish(const RowsCall& a, int panel, const Shares& outputs,
-                                       const float (*partial)[kColumns * 8 * kPitch], float* block_sum) {
-  const int blocks = outputs.blocks(), elements = a.rows * kPanel;
+                                       const WarpSums<kColumns>* partial, float* block_sum) {
+  const int blocks = outputs.blocks();
   const auto sum_of_warps = [&](int e) {
-    const int place = e / kPanel * kPitch + e % kPanel;
-    float sum = partial[0][place];
+    const auto& sums = partial[e / Shares::kPanelElements];
+    const int place = e % Shares::kPanelElements / kPanel * kPitch + e % kPanel;
+    float sum = sums[0][place];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += partial[w][place];
+    for (int w = 1; w < kWarps; ++w) sum += sums[w][place];
     return sum;
   };
   if (blocks > 1) {
-#pragma unroll 1
-    for (int e = threadIdx.x; e < elements; e += kThreads) block_sum[e] = sum_of_warps(e);
+#pragma unroll
+    for (int e = threadIdx.x; e < Shares::kElements; e += kThreads) block_sum[e] = sum_of_warps(e);
     cluster_sync_shared();
   }
 #pragma unroll
-  for (int i = 0; i < outputs.kCount; ++i) {
+  for (int i = 0; i < Shares::kCount; ++i) {
     const int e = outputs.element(i);
-    if (e >= elements) continue;
+    if (e >= Shares::kElements) continue;
     float sum = blocks == 1 ? sum_of_warps(e) : 0;
     if (blocks > 1)
 #pragma unroll 4
@@ -112,33 +124,26 @@ __device__ __forceinline__ void finish(const RowsCall& a, int panel, const Share
     __syncthreads();
 }
 
-// Panels that a block has at a time, and blocks of a multiprocessor: as many as registers leave room for.
-// Every block reads all of x, so for many rows fewer blocks have more panels each.
-template <typename T, int kColumns>
-inline constexpr int kPanels = sizeof(T) == 2 && kColumns == 4 ? 2 : 1;
-template <typename T, int kColumns, Input kInput>
-inline constexpr int kResident = kColumns == 1 ? (kInput == Input::norm ? 2 : 3)
-                                 : kColumns <= 4 && kPanels<T, kColumns> == 1 ? 2
-                                                                              : 1;
+// Blocks of a multiprocessor: as many as registers leave room for.
+template <int kColumns, Input kInput>
+inline constexpr int kResident = kColumns == 1 && kInput != Input::norm ? 3 : 2;
 
-template <typename T, int kColumns, Input kInput>
-__global__ void __launch_bounds__(kThreads, kResident<T, kColumns, kInput>) rows_kernel(const RowsCall a) {
+// A block has kSide panels at a time, against at most kColumns * 8 rows of x: it reads (and normalises) them
+// once for all its panels.
+template <typename T, int kColumns, int kSide, Input kInput>
+__global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_kernel(const RowsCall a) {
   constexpr bool kNorm = kInput == Input::norm;
-  constexpr int kSide = kPanels<T, kColumns>;
-  __shared__ float partial[kWarps][kColumns * 8 * kPitch];
-  __shared__ alignas(8) float block_sum[kColumns * 8 * kPanel];  // or what a norm exchanges
+  using Share = Outputs<T, kColumns, kSide, kNorm>;
+  __shared__ WarpSums<kColumns> partial[kSide];
+  __shared__ alignas(8) float block_sum[Share::kElements];  // or what a norm exchanges
   __shared__ uint4 norm[2][kNorm ? kNormVectors : 1];
-  Outputs<T, kColumns, kNorm> outputs[kSide];
-  const int blocks = outputs->blocks(), rank = outputs->rank(), slices = kNorm ? 1 : a.slices;
+  Share outputs;
+  const int blocks = outputs.blocks(), rank = outputs.rank(), slices = kNorm ? 1 : a.slices;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int step = static_cast<int>(gridDim.x) / blocks * kSide;
   const Slice first = kNorm ? Slice{0, a.tiles} : slice_of(a, rank);
   int panel = static_cast<int>(blockIdx.x) / blocks * kSide, loaded = -1;
   WarpProduct<T, kColumns, kSide, kInput != Input::elements> product;
-  const auto load_biases = [&](int at) {
-#pragma unroll
-    for (int p = 0; p < kSide; ++p) outputs[p].load_bias(a, at + p);
-  };
   let_next_start();
   product.fetch(a, panel, first, warp, lane);
   NormShares shares;
@@ -146,12 +151,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kColumns, kInput>) rows
     fetch_norm<T>(a, norm);
     shares.compute(a, warp, lane);
   }
-  load_biases(panel);
+  outputs.load_bias(a, panel);
   wait_for_previous();
   for (; panel < a.panels; panel += step) {
-    if constexpr (!kNorm)
-#pragma unroll
-      for (int p = 0; p < kSide; ++p) outputs[p].load_residual(a, panel + p);
+    if constexpr (!kNorm) outputs.load_residual(a, panel);
     for (int s = rank; s < slices; s += blocks) {
       const Slice slice = s == rank ? first : slice_of(a, s);
       if (loaded != s) {
@@ -170,12 +173,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kColumns, kInput>) rows
         product.fetch(a, panel + step, first, warp, lane);
     }
 #pragma unroll
-    for (int p = 0; p < kSide; ++p) {
-      product.store(p, partial[warp], lane);
-      __syncthreads();
-      finish<kColumns>(a, panel + p, outputs[p], partial, block_sum);
-    }
-    load_biases(panel + step);
+    for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
+    __syncthreads();
+    finish<kColumns>(a, panel, outputs, partial, block_sum);
+    outputs.load_bias(a, panel + step);
   }
 }
 
@@ -201,33 +202,39 @@ __global__ void pack_kernel(const T* matrix, int64_t stride, int out, int in, in
   __threadfence();
 }
 
-template <typename T, int kColumns, Input kInput>
-void run(const Context& ctx, const RowsCall& a) {
-  const int cluster = has_clusters() ? std::min(a.slices, kMostCluster) : 1;
-  constexpr int kSide = kPanels<T, kColumns>;
-  const int groups = std::clamp(multiprocessors() * kResident<T, kColumns, kInput> / cluster, 1,
-                                (a.panels + kSide - 1) / kSide);
+template <typename T, int kColumns, int kSide, Input kInput>
+void launch_rows(const Context& ctx, const RowsCall& a, int cluster, int groups, int places) {
+  const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
-         {.grid = dim3(static_cast<unsigned>(groups * cluster)),
+         {.grid = dim3(static_cast<unsigned>(across * cluster), static_cast<unsigned>(groups)),
           .block = dim3(kThreads),
           .cluster = static_cast<unsigned>(cluster),
           .dependent = true},
-         rows_kernel<T, kColumns, kInput>, a);
+         rows_kernel<T, kColumns, kSide, kInput>, a);
+}
+
+// One panel a block where all panels find a place at once, otherwise two.
+template <typename T, int kColumns, Input kInput>
+void run(const Context& ctx, const RowsCall& a) {
+  const int cluster = has_clusters() ? std::min(a.slices, kMostCluster) : 1;
+  const int groups = (a.rows + kGroup - 1) / kGroup;
+  const int places = std::max(multiprocessors() * kResident<kColumns, kInput> / cluster / groups, 1);
+  if constexpr (sizeof(T) == 2 && kColumns == 2)
+    if (a.panels > places) return launch_rows<T, kColumns, 2, kInput>(ctx, a, cluster, groups, places);
+  launch_rows<T, kColumns, 1, kInput>(ctx, a, cluster, groups, places);
 }
 
 template <typename T, Input kInput>
 void run_columns(const Context& ctx, const RowsCall& a) {
   if (a.rows <= 8) return run<T, 1, kInput>(ctx, a);
-  if (a.rows <= 16) return run<T, 2, kInput>(ctx, a);
-  if (a.rows <= 32) return run<T, 4, kInput>(ctx, a);
-  return run<T, 8, kInput>(ctx, a);
+  run<T, 2, kInput>(ctx, a);
 }
 
 template <typename T>
 void run_rows(const Context& ctx, const RowsCall& a, bool vectors) {
   if constexpr (sizeof(T) == 2)
     if (a.gain) return run_columns<T, Input::norm>(ctx, a);
-  if (!vectors) return run<T, 8, Input::elements>(ctx, a);
+  if (!vectors) return run<T, 2, Input::elements>(ctx, a);
   run_columns<T, Input::vectors>(ctx, a);
 }
 

@@ -11,6 +11,7 @@ inline constexpr int kWarps = 8, kThreads = kWarps * 32;
 inline constexpr int kWarpTiles = 3;  // tiles of a slice that one warp has: all of them are in flight at once
 inline constexpr int kSliceTiles = kWarps * kWarpTiles;
 inline constexpr int kMostCluster = 8;
+inline constexpr int kGroup = 16;  // rows of x that a block has at most
 inline constexpr int kNormVectors =
     kSliceTiles * kTileColumns / 8;       // of 16 bytes: a norm's gain, or its bias
 inline constexpr int kPanel = kTileRows;  // outputs of a panel
@@ -104,8 +105,11 @@ __device__ __forceinline__ void matrix_multiply_add(float (&d)[4], const uint4& 
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Inputs [column, column + 16 bytes) of row n of x; zeros where there are none. With kVectors they are all
-// there or none is.
+// The first row of a block's group of x.
+__device__ __forceinline__ int first_row() { return static_cast<int>(blockIdx.y) * kGroup; }
+
+// Inputs [column, column + 16 bytes) of row n of the group; zeros where there are none. With kVectors they
+// are all there or none is.
 template <typename T, bool kVectors>
 __device__ __forceinline__ uint4 load_inputs(const RowsCall& a, int n, int column) {
   constexpr int kCount = 16 / sizeof(T);
@@ -114,6 +118,7 @@ __device__ __forceinline__ uint4 load_inputs(const RowsCall& a, int n, int colum
     T at[kCount];
   } v;
   v.vector = make_uint4(0, 0, 0, 0);
+  n += first_row();
   const T* x = static_cast<const T*>(a.x) + n * a.x_stride + column;
   if constexpr (kVectors) {
     if (n < a.rows && column < a.in) v.vector = *reinterpret_cast<const uint4*>(x);
