@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <thread>
 
 #include "comm/checks.h"
@@ -50,10 +51,16 @@ struct Call {
   }
 };
 
-// Messages on their way; sources[i] is the rank that request i receives from, -1 for a send.
+// Messages on their way; request i is one to or from rank peers[i].
 struct Transfers {
   std::vector<MPI_Request> requests;
-  std::vector<int> sources;
+  std::vector<int> peers;
+  std::vector<bool> receives;
+  void clear() {
+    requests.clear();
+    peers.clear();
+    receives.clear();
+  }
 };
 
 class Reduction;
@@ -172,14 +179,16 @@ Call World::begin(const char* name, const Tensor& tensor, int detail) {
 }
 
 void World::send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank) {
-  to.sources.push_back(-1);
+  to.peers.push_back(rank);
+  to.receives.push_back(false);
   checked(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
                     &to.requests.emplace_back(MPI_REQUEST_NULL)),
           "MPI_Isend");
 }
 
 void World::receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank) {
-  to.sources.push_back(rank);
+  to.peers.push_back(rank);
+  to.receives.push_back(true);
   checked(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
                     &to.requests.emplace_back(MPI_REQUEST_NULL)),
           "MPI_Irecv");
@@ -218,15 +227,15 @@ void World::wait_until(Done done, const Call& call, Transfers& transfers) {
 
 void World::wait(const Call& call, Transfers& transfers) {
   wait_until([&] { return complete(transfers); }, call, transfers);
-  transfers.requests.clear();
-  transfers.sources.clear();
+  transfers.clear();
 }
 
 // Messages of one sender match in the order they were sent: one that nobody receives and that carries this
 // call's number was sent by a rank that took another path.
 void World::check_peers(const Call& call, const Transfers& transfers) {
-  for (int source : transfers.sources) {
-    if (source < 0) continue;
+  for (size_t i = 0; i < transfers.peers.size(); ++i) {
+    const int source = transfers.peers[i];
+    if (!transfers.receives[i]) continue;
     int found = 0;
     MPI_Status status;
     checked(MPI_Iprobe(source, MPI_ANY_TAG, comm_, &found, &status), "MPI_Iprobe");
@@ -239,16 +248,16 @@ void World::check_peers(const Call& call, const Transfers& transfers) {
 }
 
 void World::time_out(const Call& call, Transfers& transfers) {
-  std::vector<int> late;
+  std::set<int> late;
   for (size_t i = 0; i < transfers.requests.size(); ++i) {
     int done = 0;
     MPI_Test(&transfers.requests[i], &done, MPI_STATUS_IGNORE);
-    if (!done && transfers.sources[i] >= 0) late.push_back(transfers.sources[i]);
+    if (!done) late.insert(transfers.peers[i]);
   }
-  const std::string who = late.empty() ? "" : fmt::format("; waiting for rank {}", fmt::join(late, ", "));
+  const std::string who = late.empty() ? "" : fmt::format(", waiting for rank {}", fmt::join(late, ", "));
   fail(Health::timed_out,
        fmt::format("rank {}: {} did not finish within {} s{}; see whether that rank or its host hangs, then "
-                   "restart the job",
+                   "restart the job with --resume auto",
                    rank_, call.describe(), static_cast<double>(deadline_.count()) / 1000.0, who));
 }
 
@@ -320,8 +329,7 @@ void Reduction::spread() {
 
 void Reduction::step() {
   if (phase_ == 2 || !world_.complete(transfers_)) return;
-  transfers_.requests.clear();
-  transfers_.sources.clear();
+  transfers_.clear();
   if (phase_ == 0 && (!rooted() || world_.rank() == root_)) sum();
   if (phase_ == 0 && !direct() && !rooted()) {
     phase_ = 1;

@@ -90,7 +90,9 @@ int Job::fail(const std::exception_ptr& problem) {
   const int rank = session_->world().rank();
   std::this_thread::sleep_for(
       std::min(std::chrono::milliseconds(500) * rank, std::chrono::milliseconds(5000)));
-  print_problem(problem, fmt::format("rank {}: ", rank));
+  // What went wrong between ranks says itself on which.
+  const std::string who = fmt::format("rank {}", rank);
+  print_problem(problem, one_line(problem).starts_with(who) ? "" : who + ": ");
   session_->abort(code);
 }
 

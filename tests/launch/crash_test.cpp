@@ -1,5 +1,5 @@
-// Jobs that are killed outright, at any moment: nothing keeps running, and going on ends with the same bits
-// as a job that was left alone.
+// Jobs that are killed outright, at any moment, or of which one rank no longer answers: nothing keeps
+// running, and going on ends with the same bits as a job that was left alone.
 #include <signal.h>
 
 #include <chrono>
@@ -7,12 +7,28 @@
 #include <thread>
 
 #include "checkpoints/checkpoint.h"
+#include "kernels/core/device.h"
 #include "tests/launch/job_fixture.h"
 
 namespace launch {
 namespace {
 
 using support::stored_state;
+
+bool soon(const std::function<bool()>& condition) {
+  for (int i = 0; i < 30000; ++i) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  return false;
+}
+
+// /proc lists a process that has ended until its parent has asked for its exit code.
+bool running(int pid) {
+  std::ifstream in("/proc/" + std::to_string(pid) + "/stat");
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  return !text.empty() && text[text.rfind(')') + 2] != 'Z';
+}
 
 class Crash : public Job {
  protected:
@@ -47,6 +63,30 @@ class Crash : public Job {
     fs::remove_all(run());
     return calls;
   }
+  // What the job says and how it ends when rank `rank` gets `signal` behind the first checkpoint.
+  support::ProcessResult signal_rank(const std::string& rank, int signal) {
+    support::Running job(support::ranks_process(2, {FORETELL_BINARY, "train", file_}));
+    EXPECT_TRUE(soon([&] { return fs::exists(run() / "checkpoints" / "latest"); }));
+    const std::vector<int> processes = support::descendants(job.pid());
+    int reached = 0;
+    for (int pid : processes)
+      if (support::environment_of(pid, "OMPI_COMM_WORLD_RANK") == rank) reached += kill(pid, signal) == 0;
+    EXPECT_EQ(reached, 1);
+    const support::ProcessResult result = job.wait();
+    EXPECT_EQ(result.output.find("-----"), std::string::npos) << "a banner: " << result.output;
+    for (int pid : processes) EXPECT_TRUE(soon([&] { return !running(pid); })) << pid << " hangs";
+    EXPECT_LT(support::metric(run(), "loss").size(), static_cast<size_t>(config_.train.steps));
+    return result;
+  }
+  static void expect_killed(const support::ProcessResult& result) {
+    EXPECT_EQ(result.exit_code, 137) << result.output;
+  }
+  static void expect_given_up(const support::ProcessResult& result, const std::string& who) {
+    EXPECT_FALSE(result.timed_out) << result.output;
+    EXPECT_EQ(result.exit_code, 70) << result.output;
+    EXPECT_NE(result.output.find(who), std::string::npos) << result.output;
+    EXPECT_NE(result.output.find("--resume auto"), std::string::npos) << result.output;
+  }
   void goes_on_to_the_same_end() {
     const Outcome resumed = foretell_ranks(2, train("--resume auto"));
     ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
@@ -63,42 +103,50 @@ class Crash : public Job {
   fs::path whole_;
 };
 
-bool soon(const std::function<bool()>& condition) {
-  for (int i = 0; i < 30000; ++i) {
-    if (condition()) return true;
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
-  return false;
-}
-
-// /proc lists a process that has ended until its parent has asked for its exit code.
-bool running(int pid) {
-  std::ifstream in("/proc/" + std::to_string(pid) + "/stat");
-  const std::string text{std::istreambuf_iterator<char>(in), {}};
-  return !text.empty() && text[text.rfind(')') + 2] != 'Z';
-}
-
 TEST_F(Crash, AKilledRankEndsTheJobAndItGoesOn) {
   config_.train.steps = 40;
   config_.checkpoint.every = 8;
   save();
   run_whole();
   for (const char* rank : {"0", "1"}) {
-    support::Running job(support::ranks_process(2, {FORETELL_BINARY, "train", file_}));
-    ASSERT_TRUE(soon([&] { return fs::exists(run() / "checkpoints" / "latest"); }));
-    const std::vector<int> processes = support::descendants(job.pid());
-    int killed = 0;
-    for (int pid : processes)
-      if (support::environment_of(pid, "OMPI_COMM_WORLD_RANK") == rank) killed += kill(pid, SIGKILL) == 0;
-    EXPECT_EQ(killed, 1);
-    const support::ProcessResult result = job.wait();
-    EXPECT_EQ(result.exit_code, 137) << result.output;
-    EXPECT_EQ(result.output.find("-----"), std::string::npos) << "a banner: " << result.output;
-    for (int pid : processes) EXPECT_TRUE(soon([&] { return !running(pid); })) << pid << " hangs";
-    EXPECT_LT(support::metric(run(), "loss").size(), 40u);
+    expect_killed(signal_rank(rank, SIGKILL));
     goes_on_to_the_same_end();
     fs::remove_all(run());
   }
+}
+
+TEST_F(Crash, ARankThatHangsEndsTheJobAndItGoesOn) {
+  config_.train.steps = 40;
+  config_.checkpoint.every = 8;
+  config_.comm.deadline_seconds = 2;
+  save();
+  run_whole();
+  expect_given_up(signal_rank("1", SIGSTOP), "waiting for rank 1");
+  goes_on_to_the_same_end();
+}
+
+// The same on two GPUs: steps are recorded graphs with NCCL's exchanges in them.
+class CudaCrash : public Crash {
+ protected:
+  void SetUp() override {
+    if (kernels::cuda_device_count() < 2) GTEST_SKIP() << "needs two GPUs";
+    config_.train.device = "cuda";
+    config_.train.steps = 4000;
+    config_.checkpoint.every = 500;
+    config_.comm.deadline_seconds = 20;
+    save();
+    run_whole();
+  }
+};
+
+TEST_F(CudaCrash, AKilledRankEndsTheJobAndItGoesOn) {
+  expect_killed(signal_rank("1", SIGKILL));
+  goes_on_to_the_same_end();
+}
+
+TEST_F(CudaCrash, ARankThatHangsEndsTheJobAndItGoesOn) {
+  expect_given_up(signal_rank("1", SIGSTOP), "rank 0 on cuda:0");
+  goes_on_to_the_same_end();
 }
 
 // Two checkpoints are written, at steps 3 and 6; the kill comes while the second one is.
