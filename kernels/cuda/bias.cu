@@ -18,13 +18,35 @@ __global__ void copy_kernel(const T* bias, Y* y, int64_t stride, int64_t rows, i
   for (int64_t i = blockIdx.y; i < rows; i += gridDim.y) y[i * stride + column] = value;
 }
 
-constexpr int kWarps = 8;
+// As many as run at once; on every device the same, as they decide on the order of sums.
+constexpr int64_t kBlocks = 528;
+constexpr int kWarps = 8, kRowsAtOnce = 8;
+
+// Adds rows i, i + step and so on, kRowsAtOnce of them or, unless kWhole, those before `rows`. All are
+// fetched before the first is added, without a branch between them.
+template <bool kWhole, typename T, int N>
+__device__ __forceinline__ void add_rows(const T* dy, int64_t stride, int64_t i, int64_t step, int64_t rows,
+                                         float (&sum)[N]) {
+  Vector<T, N> row[kRowsAtOnce];
+#pragma unroll
+  for (int k = 0; k < kRowsAtOnce; ++k) {
+    const int64_t from = i + k * step;
+    row[k] = load_vector<T, N>(dy + (kWhole ? from : min(from, rows - 1)) * stride);
+  }
+#pragma unroll
+  for (int k = 0; k < kRowsAtOnce; ++k)
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float value = to_float(row[k].at[j]);
+      sum[j] += kWhole || i + k * step < rows ? value : 0.0f;
+    }
+}
 
 // A block sums 32 N columns over every gridDim.y * kWarps-th row: its warps take rows in turn, then their
 // sums are added. out[0 .. columns) of the block's own row of shares is written, or, with one block for all
 // rows, added to.
 template <typename T, int N>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 4)
     sums_kernel(const T* dy, int64_t stride, int64_t rows, int columns, float* out) {
   constexpr int kColumns = 32 * N;
   __shared__ float partial[kWarps][kColumns];
@@ -32,12 +54,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int first = blockIdx.x * kColumns, column = first + lane * N;
   float sum[N] = {};
   if (column < columns) {
-#pragma unroll 8
-    for (int64_t i = int64_t{blockIdx.y} * kWarps + warp; i < rows; i += int64_t{gridDim.y} * kWarps) {
-      const auto row = load_vector<T, N>(dy + i * stride + column);
-#pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] += to_float(row.at[j]);
-    }
+    const int64_t step = int64_t{gridDim.y} * kWarps;
+    int64_t i = int64_t{blockIdx.y} * kWarps + warp;
+    for (; i + (kRowsAtOnce - 1) * step < rows; i += kRowsAtOnce * step)
+      add_rows<true, T, N>(dy + column, stride, i, step, rows, sum);
+    if (i < rows) add_rows<false, T, N>(dy + column, stride, i, step, rows, sum);
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) partial[warp][lane * N + j] = sum[j];
@@ -53,9 +74,9 @@ __global__ void __launch_bounds__(kWarps * 32)
 
 template <typename T, int N>
 void sum_columns(const Context& ctx, const Tensor& dy, Tensor sums) {
-  constexpr int kRowsOfABlock = kWarps * 8;  // fewer do not pay a block
+  constexpr int kRowsOfABlock = kWarps * kRowsAtOnce;  // fewer do not pay a block
   const auto groups = static_cast<int64_t>((dy.cols() + 32 * N - 1) / (32 * N));
-  const int64_t wanted = 4 * int64_t{multiprocessors()} / groups;
+  const int64_t wanted = kBlocks / groups;
   const int64_t blocks = std::max<int64_t>(
       1, std::min({wanted, (dy.rows() + kRowsOfABlock - 1) / kRowsOfABlock, kColumnSums / dy.cols()}));
   float* shares = column_sums_memory(ctx);

@@ -10,7 +10,8 @@ namespace {
 
 // Rows are dealt to a fixed number of blocks, each of which adds up its share of dgain and dbias; a second
 // kernel adds the shares in order. Neither the number of blocks nor the order depends on the device.
-constexpr int64_t kSummingThreads = int64_t{264} * 256;
+constexpr int kThreads = 384;  // of a multiprocessor: 168 registers each
+constexpr int64_t kMostShares = kRowMultiprocessors * 3, kAnyShares = kRowMultiprocessors * 2;
 
 struct Backward {
   const void *dy, *x, *gain;
@@ -20,6 +21,7 @@ struct Backward {
   int64_t dy_stride, x_stride, statistics_stride, dx_stride;
   int64_t rows;
   int columns, all_columns;  // of a group, of a row
+  float inverse;             // 1 / columns
   bool layer, accumulate;
 };
 
@@ -39,93 +41,155 @@ struct BackwardRow {
   }
 };
 
-// Adds what the groups of a block have summed, one after the other, and writes the block's share.
+// The block's share: what its rows at a time have summed, one after the other.
 template <class S, int N>
 __device__ __forceinline__ void write_share(const float (&sums)[S::kVectors][N], float* share, int columns,
                                             float* shared) {
-  const int lane = threadIdx.x % S::kLanes, slot = threadIdx.x / S::kLanes;
-  for (int turn = 0; turn < S::kRows; ++turn) {
-    if (slot == turn)
+  __syncthreads();
 #pragma unroll
-      for (int k = 0; k < S::kVectors; ++k) {
-        const int c = (k * S::kLanes + lane) * N;
-        if (c >= columns) continue;
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int c = (k * blockDim.x + threadIdx.x) * N;
+    if (c >= columns) continue;
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          const float before = turn == 0 ? 0.0f : shared[c + j];
-          if (turn + 1 < S::kRows)
-            shared[c + j] = before + sums[k][j];
-          else
-            share[c + j] = before + sums[k][j];
-        }
-      }
-    if (S::kRows > 1) __syncthreads();
+    for (int j = 0; j < N; ++j) shared[threadIdx.y * columns + c + j] = sums[k][j];
+  }
+  __syncthreads();
+  for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < columns; c += blockDim.x * blockDim.y) {
+    float sum = 0;
+    for (int row = 0; row < blockDim.y; ++row) sum += shared[row * columns + c];
+    share[c] = sum;
   }
 }
 
-// dx = r (h - mean(h) - xhat mean(h xhat)) with h = dy g and xhat = (x - m) r; mean(h) is 0 for rms.
-// h is rounded before it is used: contracted with the subtraction of its mean it would not vanish where it
-// must.
+// Brings rows to the stages: x, then dx as it was where it is added to, then dy, and the statistics behind
+// them.
 template <class S, typename X, typename Y, typename DX>
-__global__ void __launch_bounds__(S::kThreads, S::kVectors > 3 ? 1 : 512 / S::kThreads)
-    backward_kernel(const Backward b) {
-  constexpr int N = kNormElements<X, Y>;
-  __shared__ float shared[33];
-  __shared__ float turns[S::kRows > 1 ? S::kLanes * S::kVectors * N : 1];
-  const int lane = threadIdx.x % S::kLanes, slot = threadIdx.x / S::kLanes, group = blockIdx.y;
-  const Y* gain = static_cast<const Y*>(b.gain) + int64_t{group} * b.columns;
+class BackwardRows {
+ public:
+  static constexpr int N = kNormElements<X, Y>;
+  static constexpr int kBytes = N * (sizeof(X) + sizeof(DX) + sizeof(Y));
+  __device__ __forceinline__ BackwardRows(const Backward& b, int64_t row, int64_t step, int64_t column)
+      : x_(static_cast<const X*>(b.x), b.x_stride, row, step, column),
+        before_(static_cast<const DX*>(b.dx), b.dx_stride, row, step, column),
+        dy_(static_cast<const Y*>(b.dy), b.dy_stride, row, step, column) {}
+  static __device__ __forceinline__ int before(int vectors) { return vectors * N * sizeof(X); }
+  static __device__ __forceinline__ int dy(int vectors) { return vectors * N * (sizeof(X) + sizeof(DX)); }
+
+  // The next row of `vectors` vectors, if it is there.
+  __device__ __forceinline__ void copy(RowStages& stages, int vectors, bool there, bool accumulate) {
+    unsigned char* to = stages.fill();
+    const int number = there ? vectors : 0;
+    x_.copy(to, number);
+    dy_.copy(to + dy(vectors), number);
+    before_.copy(to + before(vectors), accumulate ? number : 0);
+    stages.end_copies();
+    x_.advance();
+    before_.advance();
+    dy_.advance();
+  }
+
+ private:
+  RowWalk<S, N, const X> x_;
+  RowWalk<S, N, const DX> before_;
+  RowWalk<S, N, const Y> dy_;
+};
+
+// Of one row: h, xhat and their sums; what this row adds to dgain and dbias.
+template <class S, int N>
+struct BackwardSums {
+  float h[S::kVectors][N], xhat[S::kVectors][N];
   float dgain[S::kVectors][N] = {}, dbias[S::kVectors][N] = {};
-  for (int64_t first = int64_t{blockIdx.x} * S::kRows; first < b.rows;
-       first += int64_t{gridDim.x} * S::kRows) {
-    const bool live = first + slot < b.rows;
-    const BackwardRow<X, Y, DX> at(b, live ? first + slot : 0, group);
-    Vector<Y, N> dy[S::kVectors];
-    Vector<X, N> x[S::kVectors];
-#pragma unroll
-    for (int k = 0; k < S::kVectors; ++k) {
-      const int c = (k * S::kLanes + lane) * N;
-      if (!live || c >= b.columns) continue;
-      dy[k] = load_vector<Y, N>(at.dy + c);
-      x[k] = load_vector<X, N>(at.x + c);
-    }
+
+  // h is rounded before it is used: contracted with the subtraction of its mean it would not vanish where it
+  // must.
+  template <typename X, typename Y>
+  __device__ __forceinline__ float2 add(int k, const Vector<X, N>& x, const Vector<Y, N>& dy,
+                                        const Vector<Y, N>& gain, float2 statistics) {
     float sum = 0, dot = 0;
 #pragma unroll
-    for (int k = 0; k < S::kVectors; ++k) {
-      const int c = (k * S::kLanes + lane) * N;
-      if (!live || c >= b.columns) continue;
-      const auto g = load_vector<Y, N>(gain + c);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float d = to_float(dy[k].at[j]), xhat = (to_float(x[k].at[j]) - at.mean) * at.r;
-        const float h = __fmul_rn(d, to_float(g.at[j]));
-        sum += h;
-        dot = fmaf(h, xhat, dot);
-        dgain[k][j] = fmaf(d, xhat, dgain[k][j]);
-        dbias[k][j] += d;
-      }
+    for (int j = 0; j < N; ++j) {
+      const float d = to_float(dy.at[j]);
+      xhat[k][j] = (to_float(x.at[j]) - statistics.x) * statistics.y;
+      h[k][j] = __fmul_rn(d, to_float(gain.at[j]));
+      sum += h[k][j];
+      dot = fmaf(h[k][j], xhat[k][j], dot);
+      dgain[k][j] = fmaf(d, xhat[k][j], dgain[k][j]);
+      dbias[k][j] += d;
     }
-    const float n = static_cast<float>(b.columns);
-    const float slope = lanes_sum<S>(dot, shared) / n;
-    const float mean = b.layer ? lanes_sum<S>(sum, shared) / n : 0.0f;
-#pragma unroll
-    for (int k = 0; k < S::kVectors; ++k) {
-      const int c = (k * S::kLanes + lane) * N;
-      if (!live || c >= b.columns) continue;
-      const auto g = load_vector<Y, N>(gain + c);
-      Vector<DX, N> before{}, dx;
-      if (b.accumulate) before = load_vector<DX, N>(at.dx + c);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float h = __fmul_rn(to_float(dy[k].at[j]), to_float(g.at[j]));
-        const float v = at.r * (h - mean - (to_float(x[k].at[j]) - at.mean) * at.r * slope);
-        dx.at[j] = from_float<DX>(b.accumulate ? to_float(before.at[j]) + v : v);
-      }
-      store_global(at.dx + c, dx);
-    }
+    return {sum, dot};
   }
-  const int64_t share = int64_t{blockIdx.x} * b.all_columns + int64_t{group} * b.columns;
-  if (b.dgain) write_share<S, N>(dgain, b.dgain + share, b.columns, turns);
-  if (b.dbias) write_share<S, N>(dbias, b.dbias + share, b.columns, turns);
+};
+
+__device__ __forceinline__ float2 statistics_of(const Backward& b, int64_t row) {
+  if (row >= b.rows) return {};
+  const float* at = b.statistics + row * b.statistics_stride + 2 * blockIdx.y;
+  return {at[0], at[1]};
+}
+
+// dx = r (h - mean(h) - xhat mean(h xhat)) with h = dy g and xhat = (x - m) r; mean(h) is 0 for rms.
+template <class S, typename X, typename Y, typename DX>
+__global__ void __launch_bounds__(kThreads) backward_kernel(const Backward b, const RowPlan plan) {
+  constexpr int N = kNormElements<X, Y>;
+  using Rows = BackwardRows<S, X, Y, DX>;
+  __shared__ __align__(16) float shared[S::kWholeWarps ? kRowSums : 4];
+  extern __shared__ __align__(16) unsigned char memory[];
+  const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x), group = blockIdx.y;
+  const int64_t step = int64_t{gridDim.x} * blockDim.y, column = int64_t{group} * b.columns;
+  int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, ahead = row;
+  RowStages stages(memory, plan);
+  Rows rows(b, row, step, column);
+#pragma unroll 1
+  for (int k = 1; k < plan.stages; ++k, ahead += step)
+    rows.copy(stages, plan.vectors, ahead < b.rows, b.accumulate);
+  float2 next_statistics = statistics_of(b, row);
+  RowSums<S> sums(shared);
+  Vector<Y, N> gain[S::kVectors];
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int i = k * lanes + lane;
+    if (i < plan.vectors) gain[k] = load_vector<Y, N>(static_cast<const Y*>(b.gain) + column + i * N);
+  }
+  RowWalk<S, N, DX> dx_rows(static_cast<DX*>(b.dx), b.dx_stride, row, step, column);
+  BackwardSums<S, N> mine;
+  for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < b.rows; first += step) {
+    rows.copy(stages, plan.vectors, ahead < b.rows, b.accumulate);
+    const int vectors = row < b.rows ? plan.vectors : 0;
+    row += step, ahead += step;
+    const float2 statistics = next_statistics;
+    next_statistics = statistics_of(b, row);
+    const unsigned char* stage = stages.read();
+    float2 all{};
+#pragma unroll
+    for (int k = 0; k < S::kVectors; ++k) {
+      const int i = k * lanes + lane;
+      if (i >= vectors) continue;
+      const auto x = staged_vector<N, X>(stage, i);
+      const auto dy = staged_vector<N, Y>(stage + Rows::dy(plan.vectors), i);
+      const float2 part = mine.add(k, x, dy, gain[k], statistics);
+      all.x += part.x, all.y += part.y;
+    }
+    all = sums(all.x, all.y);
+    const float slope = all.y * b.inverse, mean = b.layer ? all.x * b.inverse : 0.0f;
+#pragma unroll
+    for (int k = 0; k < S::kVectors; ++k) {
+      const int i = k * lanes + lane;
+      if (i >= vectors) continue;
+      Vector<DX, N> dx{};
+      if (b.accumulate) dx = staged_vector<N, DX>(stage + Rows::before(plan.vectors), i);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float v = mine.h[k][j] - mean - mine.xhat[k][j] * slope;
+        dx.at[j] = from_float<DX>(fmaf(statistics.y, v, to_float(dx.at[j])));
+      }
+      store_global(dx_rows.vector(k), dx);
+    }
+    dx_rows.advance();
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  const int64_t share = int64_t{blockIdx.x} * b.all_columns + column;
+  auto* turns = reinterpret_cast<float*>(memory);
+  if (b.dgain) write_share<S, N>(mine.dgain, b.dgain + share, b.columns, turns);
+  if (b.dbias) write_share<S, N>(mine.dbias, b.dbias + share, b.columns, turns);
 }
 
 // Any width and any alignment.
@@ -168,32 +232,31 @@ __global__ void __launch_bounds__(kAnyThreads) shares_any_kernel(const Backward 
   if (b.dbias) b.dbias[share] = dbias;
 }
 
-int64_t share_blocks(int64_t rows, int64_t groups, int threads, int rows_per_block) {
-  const int64_t wanted = std::max<int64_t>(1, kSummingThreads / threads / groups);
-  return std::min(wanted, (rows + rows_per_block - 1) / rows_per_block);
-}
-
 // Shares of dgain and dbias are taken from here at most.
-int64_t most_blocks(int64_t rows) { return std::min(rows, kSummingThreads / 128); }
+int64_t most_blocks(int64_t rows) { return std::min(rows, kMostShares); }
 
 template <typename X, typename Y, typename DX>
 int64_t launch_backward(const Context& ctx, const Backward& b, int64_t groups, bool wide) {
+  constexpr int N = kNormElements<X, Y>;
   int64_t blocks = 0;
   const auto grid_y = static_cast<unsigned>(groups);
-  visit_spread(b.columns, kNormElements<X, Y>, wide, [&](auto spread) {
+  visit_spread(b.columns, N, wide, [&](auto spread) {
     using S = decltype(spread);
     if constexpr (std::is_same_v<S, AnySpread>) {
       if (b.dgain) {
-        blocks = share_blocks(b.rows, groups, kAnyThreads, 1);
+        blocks = std::min(std::max<int64_t>(1, kAnyShares / groups), b.rows);
         const dim3 grid(static_cast<unsigned>(blocks), grid_y, (b.columns + kAnyThreads - 1) / kAnyThreads);
         shares_any_kernel<X, Y><<<grid, kAnyThreads, 0, stream_of(ctx)>>>(b);
       }
       const dim3 grid(static_cast<unsigned>(b.rows), grid_y);
       backward_any_kernel<X, Y, DX><<<grid, kAnyThreads, 0, stream_of(ctx)>>>(b);
     } else {
-      blocks = share_blocks(b.rows, groups, S::kThreads, S::kRows);
-      const dim3 grid(static_cast<unsigned>(blocks), grid_y);
-      backward_kernel<S, X, Y, DX><<<grid, S::kThreads, 0, stream_of(ctx)>>>(b);
+      constexpr int kBytes = BackwardRows<S, X, Y, DX>::kBytes;
+      const RowPlan plan = plan_rows<S>(b.rows, groups, b.columns / N, kBytes, kThreads, kMostRowThreads);
+      const auto kernel = backward_kernel<S, X, Y, DX>;
+      allow_shared(kernel, plan, "norm_backward");
+      kernel<<<plan.grid, plan.block, plan.shared(), stream_of(ctx)>>>(b, plan);
+      blocks = plan.grid.x;
     }
   });
   check_launch("norm_backward");
@@ -236,6 +299,7 @@ void norm_backward(const Context& ctx, const NormParams& params, const Tensor& d
   b.rows = x.rows();
   b.all_columns = static_cast<int>(x.cols());
   b.columns = static_cast<int>(x.cols() / params.groups);
+  b.inverse = 1.0f / static_cast<float>(b.columns);
   b.layer = params.kind == NormKind::layer;
   b.accumulate = accumulate;
   visit_norm_types(x.dtype, dy.dtype, [&](auto from, auto to) {

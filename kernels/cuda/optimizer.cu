@@ -10,7 +10,7 @@ namespace kernels::cuda {
 namespace {
 
 // Sums have the same order on every device: a fixed number of blocks takes turns through the buffers.
-constexpr int kThreads = 256, kSumBlocks = 1056, kUpdateBlocks = 2112, kFinishThreads = 1024;
+constexpr int kThreads = 256, kSumBlocks = 528, kUpdateBlocks = 2112, kFinishThreads = 1024;
 
 struct DeviceSegment {
   int64_t begin;
@@ -59,6 +59,19 @@ struct SegmentWalk {
   __device__ SegmentWalk(const DeviceSegment* segments, int count) : segments(segments), count(count) {
     now.begin = 0, now.end = 0;
   }
+  // To the first segment that ends behind element i, whatever lies between.
+  __device__ void jump(int64_t i) {
+    int low = 0, high = count;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (segments[middle].end > i)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    index = low;
+    if (index < count) now = segments[index];
+  }
   // Elements may only go up. False when element i is in no trainable segment.
   __device__ bool find(int64_t i) {
     while (i >= now.end && index < count) {
@@ -67,7 +80,7 @@ struct SegmentWalk {
     return index < count && i >= now.begin && now.trainable;
   }
   // Whether all of [i, i + n) is treated as element i is, which was just found.
-  __device__ bool uniform(int64_t i, int n) const {
+  __device__ bool uniform(int64_t i, int64_t n) const {
     return index < count && i >= now.begin && i + n <= now.end;
   }
 };
@@ -115,24 +128,93 @@ __device__ Share reduce_shares(Share s, SharedSums& shared) {
   return s;
 }
 
+// Vectors of a thread that are fetched together; a block takes a chunk of them after the other.
+constexpr int kChunkVectors = 8;
 template <int N>
-__global__ void __launch_bounds__(kThreads)
+constexpr int64_t kChunk = int64_t{kThreads} * kChunkVectors* N;
+
+__device__ __forceinline__ void count_nonfinite(float x, int segment, Share& share) {
+  if (isfinite(x)) return;
+  ++share.nonfinite;
+  share.first = min(share.first, segment);
+}
+
+// A thread's vectors of a chunk.
+template <int N>
+struct ChunkPart {
+  Vector<float, N> v[kChunkVectors];
+  static __device__ __forceinline__ int at(int k) {
+    return (k * kThreads + static_cast<int>(threadIdx.x)) * N;
+  }
+
+  __device__ __forceinline__ void load(const float* g) {
+#pragma unroll
+    for (int k = 0; k < kChunkVectors; ++k) v[k] = load_vector<float, N>(g + at(k));
+  }
+
+  // All of one segment. Squares of fp32 numbers are exact in fp64 and their sum is finite as long as they
+  // are: elements are looked at one by one only where it is not.
+  __device__ __forceinline__ void add(int segment, Share& share) const {
+    double squares[2] = {};
+#pragma unroll
+    for (int k = 0; k < kChunkVectors; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const double x = v[k].at[j];
+        squares[(k * N + j) % 2] = fma(x, x, squares[(k * N + j) % 2]);
+      }
+    const double sum = squares[0] + squares[1];
+    share.squares += sum;
+    if (isfinite(sum)) return;
+#pragma unroll
+    for (int k = 0; k < kChunkVectors; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) count_nonfinite(v[k].at[j], segment, share);
+  }
+};
+
+// A chunk of several segments, gaps, or the end.
+template <int N>
+__device__ __forceinline__ void add_mixed(SegmentWalk walk, const float* g, int64_t begin, int64_t end,
+                                          Share& share) {
+#pragma unroll 1
+  for (int k = 0; k < kChunkVectors; ++k) {
+    const int64_t i = begin + ChunkPart<N>::at(k);
+    if (i >= end) return;
+    float x[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = g[min(i + j, end - 1)];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (i + j >= end || !walk.find(i + j)) continue;
+      share.squares = fma(double{x[j]}, double{x[j]}, share.squares);
+      count_nonfinite(x[j], walk.index, share);
+    }
+  }
+}
+
+// A block goes through one piece of the buffer.
+template <int N>
+__global__ void __launch_bounds__(kThreads, 4)
     statistics_kernel(const DeviceSegment* segments, int segment_count, const float* g, int64_t count,
                       Share* shares) {
   __shared__ SharedSums shared;
   Share mine{0, 0, kNone, 0};
-  for_elements<N>(segments, segment_count, count, [&](const SegmentWalk& walk, int64_t i, auto width) {
-    constexpr int n = decltype(width)::value;
-    const auto v = load_vector<float, n>(g + i);
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const double x = v.at[j];
-      mine.squares = fma(x, x, mine.squares);
-      if (isfinite(v.at[j])) continue;
-      ++mine.nonfinite;
-      mine.first = min(mine.first, walk.index);
+  const int64_t chunks = (count + kChunk<N> - 1) / kChunk<N>;
+  const int64_t begin = chunks * blockIdx.x / gridDim.x * kChunk<N>,
+                end = min(count, chunks * (blockIdx.x + 1) / gridDim.x * kChunk<N>);
+  SegmentWalk walk(segments, segment_count);
+  walk.jump(begin);
+  for (int64_t i = begin; i < end; i += kChunk<N>) {
+    const bool found = walk.find(i);
+    if (!walk.uniform(i, kChunk<N>)) {
+      add_mixed<N>(walk, g, i, min(end, i + kChunk<N>), mine);
+    } else if (found) {
+      ChunkPart<N> part;
+      part.load(g + i);
+      part.add(walk.index, mine);
     }
-  });
+  }
   mine = reduce_shares(mine, shared);
   if (threadIdx.x == 0) shares[blockIdx.x] = mine;
 }
@@ -254,7 +336,7 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
   const int64_t elements = buffers.gradients.numel();
   const bool wide = reinterpret_cast<uintptr_t>(g) % 16 == 0;
   auto* out = static_cast<Share*>(shares.data);
-  const int blocks = blocks_for(elements, kSumBlocks, wide ? 4 : 1);
+  const int blocks = blocks_for(elements, kSumBlocks, (wide ? 4 : 1) * kChunkVectors);
   if (wide)
     statistics_kernel<4><<<blocks, kThreads, 0, stream_of(ctx)>>>(device, count, g, elements, out);
   else

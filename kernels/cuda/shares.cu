@@ -5,25 +5,33 @@ namespace kernels::cuda {
 
 namespace {
 
-constexpr int kColumns = 32, kRows = 32;
+constexpr int kColumns = 32, kRows = 32, kAtOnce = 4;
 
-// 32 threads take every 32nd share of a column, then their sums are added.
+// 32 threads take every 32nd share of a column, then their sums are added. Shares are fetched kAtOnce at a
+// time, without a branch between them.
 __global__ void __launch_bounds__(kColumns* kRows)
     add_shares_kernel(const Shares all, int count, int columns) {
-  const float* shares = all.shares[blockIdx.y];
+  const bool second = blockIdx.y == 1;
+  const float* shares = second ? all.shares[1] : all.shares[0];
   __shared__ float sums[kRows][kColumns];
   const int column = blockIdx.x * kColumns + threadIdx.x;
   float sum = 0;
   if (column < columns)
-#pragma unroll 8
-    for (int s = threadIdx.y; s < count; s += kRows) sum += shares[int64_t{s} * columns + column];
+    for (int first = threadIdx.y; first < count; first += kAtOnce * kRows) {
+      float share[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        share[k] = shares[int64_t{min(first + k * kRows, count - 1)} * columns + column];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) sum += first + k * kRows < count ? share[k] : 0.0f;
+    }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y != 0 || column >= columns) return;
   float total = 0;
 #pragma unroll
   for (int s = 0; s < kRows; ++s) total += sums[s][threadIdx.x];
-  all.sums[blockIdx.y][column] += total;
+  (second ? all.sums[1] : all.sums[0])[column] += total;
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "kernels/cuda/bias.h"
 #include "kernels/ops/activation.h"
 #include "kernels/ops/cast.h"
 #include "kernels/ops/cross_entropy.h"
@@ -108,6 +109,16 @@ void cuda_norm_backward(benchmark::State& state) {
   });
 }
 
+// The gradient of a bias: a column's sum over the rows.
+void cuda_column_sums(benchmark::State& state) {
+  if (skip(state)) return;
+  const Shape shape{state.range(0), state.range(1)};
+  Buffer dy(DType::f16, shape), sums(DType::f32, {shape[1]});
+  if constexpr (kernels::kCudaEnabled)
+    measure(state, 2.0 * shape.numel(),
+            [&](const Context& ctx) { kernels::cuda::add_column_sums(ctx, dy, sums); });
+}
+
 // Arguments: rows, heads, head size.
 void cuda_rotary(benchmark::State& state) {
   if (skip(state)) return;
@@ -194,15 +205,27 @@ void sizes(benchmark::internal::Benchmark* b) {
       ->Args({32768, 1600})
       ->Args({16384, 4096});
 }
+// Rows of a step of GPT-2 124M and 1.5B besides.
+void norm_sizes(benchmark::internal::Benchmark* b) {
+  sizes(b);
+  b->Args({32768, 768})->Args({16384, 1600});
+}
 BENCHMARK(cuda_fill)->Apply(sizes);
 BENCHMARK(cuda_cast)->Apply(sizes);
 BENCHMARK(cuda_gelu)->Apply(sizes);
 BENCHMARK(cuda_gelu_backward)->Apply(sizes);
 BENCHMARK(cuda_swiglu)->Apply(sizes);
 BENCHMARK(cuda_swiglu_backward)->Apply(sizes);
-BENCHMARK(cuda_norm)->Apply(sizes);
-BENCHMARK(cuda_residual_norm)->Apply(sizes);
-BENCHMARK(cuda_norm_backward)->Apply(sizes);
+BENCHMARK(cuda_norm)->Apply(norm_sizes);
+BENCHMARK(cuda_residual_norm)->Apply(norm_sizes);
+BENCHMARK(cuda_norm_backward)->Apply(norm_sizes);
+BENCHMARK(cuda_column_sums)
+    ->UseManualTime()
+    ->Unit(benchmark::kMicrosecond)
+    ->Args({16384, 1600})
+    ->Args({16384, 4800})
+    ->Args({16384, 6400})
+    ->Args({32768, 768});
 BENCHMARK(cuda_embedding)->Apply(sizes);
 BENCHMARK(cuda_embedding_backward)->Apply(sizes);
 BENCHMARK(cuda_rotary)
@@ -221,6 +244,7 @@ BENCHMARK(cuda_gradient_statistics)
     ->UseManualTime()
     ->Unit(benchmark::kMicrosecond)
     ->Args({124475904, 148})
+    ->Args({400000000, 148})
     ->Args({1557686400, 580});
 BENCHMARK(cuda_adamw)
     ->UseManualTime()

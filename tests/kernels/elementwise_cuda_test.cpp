@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <optional>
+#include <tuple>
 
 #include "kernels/core/stream.h"
 #include "kernels/ops/cast.h"
@@ -28,6 +29,16 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 TensorBuffer buffer_of(DType dtype, kernels::Shape shape, const std::vector<double>& values) {
   return support::buffer_of(dtype, shape, values, kGpu);
+}
+
+// |a - b| <= relative |b| + shared M, where M is the largest magnitude of b.
+void expect_near(const char* name, const std::vector<double>& a, const std::vector<double>& b,
+                 double relative, double shared) {
+  double largest = 0;
+  for (double v : b) largest = std::max(largest, std::abs(v));
+  for (size_t i = 0; i < b.size(); ++i)
+    ASSERT_TRUE(std::abs(a[i] - b[i]) <= relative * std::abs(b[i]) + shared * largest)
+        << name << "[" << i << "] is " << a[i] << ", on the CPU " << b[i];
 }
 
 class CudaElementwise : public testing::Test {
@@ -113,6 +124,62 @@ TEST_F(CudaElementwise, SumsOverRowsAreTheSameBitsEveryTime) {
     for (size_t i = 0; i < std::size(results); ++i)
       EXPECT_TRUE(results[i]->bytes() == expected[i]) << "result " << i << ", launch " << repeat;
   }
+}
+
+struct NormRun {
+  TensorBuffer x, dy, gain, bias, y, statistics, dx, dgain, dbias;
+  NormRun(DType dtype, int64_t rows, int64_t columns, int64_t groups, Device device)
+      : x(dtype, {rows, columns}, device),
+        dy(dtype, {rows, columns}, device),
+        gain(dtype, {columns}, device),
+        bias(dtype, {columns}, device),
+        y(dtype, {rows, columns}, device),
+        statistics(DType::f32, {rows, groups, 2}, device),
+        dx(dtype, {rows, columns}, device),
+        dgain(DType::f32, {columns}, device),
+        dbias(DType::f32, {columns}, device) {
+    uint64_t seed = 1;
+    for (auto* t : {&x, &dy, &gain, &bias, &dx, &dgain, &dbias}) t->fill_normal(seed++);
+    y.poison();
+    statistics.poison();
+  }
+  void run(const Context& ctx, const kernels::NormParams& params) {
+    kernels::norm(ctx, params, x, gain, bias, y, statistics);
+    kernels::norm_backward(ctx, params, dy, x, gain, statistics, dx, true, dgain, dbias);
+  }
+};
+
+// More rows than blocks take at once, several times over: one row for each way of spreading its columns over
+// threads. Both sides round once to the output's type and sum in fp32, in different orders.
+TEST_F(CudaElementwise, NormsOfManyRowsAgreeWithTheCpu) {
+  struct Case {
+    int64_t rows, columns, groups;
+  };
+  for (const Case& c : {Case{3001, 12 * 64, 12},
+                        {20011, 128, 1},
+                        {8003, 136, 1},
+                        {5001, 768, 1},
+                        {3301, 776, 1},
+                        {2309, 1600, 1},
+                        {1009, 2304, 1},
+                        {801, 4104, 1},
+                        {301, 8192, 1}})
+    for (const DType dtype : {DType::f16, DType::f32})
+      for (const auto kind : {kernels::NormKind::layer, kernels::NormKind::rms}) {
+        SCOPED_TRACE(testing::Message() << c.columns << " columns, kind " << static_cast<int>(kind));
+        const kernels::NormParams params{.kind = kind, .groups = c.groups};
+        NormRun gpu(dtype, c.rows, c.columns, c.groups, kGpu), cpu(dtype, c.rows, c.columns, c.groups, {});
+        run([&](const Context& ctx) { gpu.run(ctx, params); });
+        cpu.run({}, params);
+        const double u = dtype == DType::f16 ? 0x1p-11 : 0x1p-24;
+        for (const auto& [name, a, b, rounding] : {std::tuple{"y", &gpu.y, &cpu.y, u},
+                                                   {"statistics", &gpu.statistics, &cpu.statistics, 0x1p-24},
+                                                   {"dx", &gpu.dx, &cpu.dx, u},
+                                                   {"dgain", &gpu.dgain, &cpu.dgain, 0x1p-24},
+                                                   {"dbias", &gpu.dbias, &cpu.dbias, 0x1p-24}})
+          expect_near(name, a->values(), b->values(), 2 * rounding,
+                      4 * 0x1p-24 * static_cast<double>(c.rows + c.columns));
+      }
 }
 
 TEST_F(CudaElementwise, ExtremeLogits) {

@@ -1,20 +1,25 @@
 #pragma once
-// How the norm kernels spread a group of a row over threads, and the sums over those threads.
+// How the norm kernels spread groups of rows over threads: blocks stay and take rows in turn, and the next
+// rows are on their way to shared memory while one is worked on.
 #include <initializer_list>
 
 #include "kernels/core/tensor.h"
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/device/element.cuh"
 #include "kernels/cuda/device/map.cuh"
 #include "kernels/cuda/device/reduce.cuh"
 
 namespace kernels::cuda {
 
-// kLanes_ threads hold up to kVectors_ vectors each.
+// A group is kept by kLanes_ threads of a warp or, with 0, by as many whole warps as it needs. A thread holds
+// up to kVectors_ vectors. blockDim is (threads of a group, rows at a time).
 template <int kLanes_, int kVectors_>
 struct Spread {
-  static constexpr int kLanes = kLanes_, kVectors = kVectors_;
-  static constexpr int kThreads = kLanes > 32 ? kLanes : 256;  // of a block
-  static constexpr int kRows = kThreads / kLanes;              // groups of a block at a time
+  static constexpr bool kWholeWarps = kLanes_ == 0;
+  static constexpr int kVectors = kVectors_, kWarpLanes = kWholeWarps ? 32 : kLanes_;
+  static int lanes(int vectors) {
+    return kWholeWarps ? ((vectors + kVectors - 1) / kVectors + 31) / 32 * 32 : kLanes_;
+  }
 };
 // A whole block goes over the row element by element, as often as it must.
 struct AnySpread {};
@@ -24,27 +29,201 @@ inline constexpr int kAnyThreads = 256;
 template <typename X, typename Y>
 inline constexpr int kNormElements = 16 / static_cast<int>(std::max(sizeof(X), sizeof(Y)));
 
+inline constexpr int kMostVectors = 1024;
+
 // Calls fn with the spread for `columns` elements in vectors of `elements`.
 template <typename Fn>
 void visit_spread(int columns, int elements, bool wide, Fn&& fn) {
   const int vectors = columns / elements;
-  if (!wide || vectors > 256 * 4) return fn(AnySpread{});
+  if (!wide || vectors > kMostVectors) return fn(AnySpread{});
   if (vectors <= 8 * 2) return fn(Spread<8, 2>{});
-  if (vectors <= 32 * 3) return fn(Spread<32, 3>{});
-  if (vectors <= 128 * 2) return fn(Spread<128, 2>{});
-  return fn(Spread<256, 4>{});
+  return fn(Spread<0, 3>{});
 }
 
-// The sum over the lanes of a group, for every lane; all threads of the block take part.
+inline constexpr int kMostRowThreads = 192;  // of a block, unless one row needs more
+// Order of sums must not depend on the device: blocks are counted for this many multiprocessors anywhere.
+inline constexpr int64_t kRowMultiprocessors = 132;
+
+struct RowPlan {
+  dim3 grid, block;
+  int vectors, bytes, stages;  // of a group; of a row in a stage
+  unsigned shared() const { return block.y * static_cast<unsigned>(bytes * stages); }
+};
+
+// `bytes`: what a vector takes of a stage. `threads`: of a multiprocessor. `block`: threads of a block
+// where rows abound, at most kMostRowThreads.
 template <class S>
-__device__ __forceinline__ float lanes_sum(float x, float* shared) {
-  if constexpr (S::kLanes > 32) {
-    return block_reduce<Sum>(x, shared, 0.0f);
-  } else {
-#pragma unroll
-    for (int offset = S::kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
+RowPlan plan_rows(int64_t rows, int64_t groups, int vectors, int bytes, int threads, int block) {
+  const int lanes = S::lanes(vectors);
+  // Few rows are spread over all multiprocessors, in whole warps.
+  const bool few = rows <= kRowMultiprocessors * 2;
+  const int at_once = std::max(1, (few ? 32 : block) / lanes);
+  const int64_t resident = std::max(1, threads / (lanes * at_once));
+  const int64_t blocks =
+      std::min(std::max<int64_t>(1, kRowMultiprocessors * resident / groups), (rows + at_once - 1) / at_once);
+  RowPlan plan{};
+  plan.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
+  plan.block = dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(at_once));
+  plan.vectors = vectors;
+  plan.bytes = (vectors * bytes + 15) / 16 * 16;
+  const int64_t three = int64_t{3} * at_once * plan.bytes;
+  plan.stages = three <= 96 * 1024 && three * resident <= 200 * 1024 ? 3 : 2;
+  return plan;
+}
+
+// A thread's part of the stages. It reads nothing but what it copied itself, so it waits for nobody.
+class RowStages {
+ public:
+  __device__ __forceinline__ RowStages(unsigned char* memory, const RowPlan& plan)
+      : begin_(memory + threadIdx.y * plan.bytes),
+        fill_(begin_),
+        read_(begin_),
+        step_(static_cast<int>(blockDim.y) * plan.bytes),
+        end_(begin_ + plan.stages * step_),
+        three_(plan.stages == 3) {}
+  // The stage to copy the next row to; end_copies() follows, whether there is such a row or not.
+  __device__ __forceinline__ unsigned char* fill() { return next(fill_); }
+  __device__ __forceinline__ void end_copies() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // The oldest row, after plan.stages rows were asked for that have not been read.
+  __device__ __forceinline__ const unsigned char* read() {
+    if (three_)
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+    else
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    return next(read_);
   }
+
+ private:
+  __device__ __forceinline__ unsigned char* next(unsigned char*& at) const {
+    unsigned char* now = at;
+    at = at + step_ == end_ ? begin_ : at + step_;
+    return now;
+  }
+  unsigned char *begin_, *fill_, *read_;
+  int step_;
+  unsigned char* end_;
+  bool three_;
+};
+
+// A vector to shared memory in the background, if `inside`.
+template <int kBytes>
+__device__ __forceinline__ void copy_vector(unsigned char* to, const void* from, bool inside) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t"
+        "@p cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(address),
+        "l"(from), "r"(static_cast<int>(inside))
+        : "memory");
+  else
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t"
+        "@p cp.async.ca.shared.global [%0], [%1], %3;\n\t}" ::"r"(address),
+        "l"(from), "r"(static_cast<int>(inside)), "n"(kBytes)
+        : "memory");
+}
+
+// A thread's way through the rows of a tensor.
+template <class S, int N, typename T>
+class RowWalk {
+ public:
+  // T* of a tensor of rows `stride` elements apart, from element `column` of row `row`, every `step` rows.
+  __device__ __forceinline__ RowWalk(T* data, int64_t stride, int64_t row, int64_t step, int64_t column)
+      : at_(data + row * stride + column + static_cast<int>(threadIdx.x) * N), step_(step * stride) {}
+  __device__ __forceinline__ void advance() { at_ += step_; }
+  // Vector k of this thread.
+  __device__ __forceinline__ T* vector(int k) const { return at_ + k * static_cast<int>(blockDim.x) * N; }
+  // The row's first `vectors` vectors to a stage.
+  __device__ __forceinline__ void copy(unsigned char* to, int vectors) const {
+    constexpr int kBytes = N * sizeof(T);
+#pragma unroll
+    for (int k = 0; k < S::kVectors; ++k) {
+      const int i = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+      copy_vector<kBytes>(to + i * kBytes, vector(k), i < vectors);
+    }
+  }
+
+ private:
+  T* at_;
+  int64_t step_;
+};
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> staged_vector(const unsigned char* at, int i) {
+  return load_vector<T, N>(reinterpret_cast<const T*>(at) + i * N);
+}
+
+inline constexpr int kMostWarps = 12;  // of a row, a multiple of 4
+// Floats of shared memory that RowSums takes, aligned to 16 bytes.
+inline constexpr int kRowSums = 4 * kMostWarps * (kMostRowThreads / 64);
+
+// Sums over the threads of a row, for every one of them; all threads of their warps take part. One barrier
+// each, of the row's threads alone: what is written next is not what may still be read.
+template <class S>
+class RowSums {
+ public:
+  __device__ __forceinline__ explicit RowSums(float* shared) : partial_(shared) {
+    if (one_warp()) return;
+    partial_ += threadIdx.y * 4 * kMostWarps;
+    for (int i = static_cast<int>(threadIdx.x); i < 4 * kMostWarps; i += static_cast<int>(blockDim.x))
+      partial_[i] = 0;
+    barrier();
+  }
+  __device__ __forceinline__ float operator()(float x) {
+#pragma unroll
+    for (int offset = S::kWarpLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
+    if (one_warp()) return x;
+    float* mine = turn();
+    if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = x;
+    barrier();
+    return over_warps(mine);
+  }
+  // Both sums for little more than one: after the first exchange half of the lanes carries each.
+  __device__ __forceinline__ float2 operator()(float a, float b) {
+    constexpr unsigned kHalf = S::kWarpLanes / 2;
+    const bool upper = threadIdx.x & kHalf;
+    float kept = upper ? b : a;
+    kept += __shfl_xor_sync(kAll, upper ? a : b, kHalf);
+#pragma unroll
+    for (unsigned offset = kHalf / 2; offset > 0; offset /= 2) kept += __shfl_xor_sync(kAll, kept, offset);
+    if (one_warp())
+      return {__shfl_sync(kAll, kept, 0, S::kWarpLanes), __shfl_sync(kAll, kept, kHalf, S::kWarpLanes)};
+    float* mine = turn();
+    if (threadIdx.x % kHalf == 0) mine[(upper ? kMostWarps : 0) + threadIdx.x / 32] = kept;
+    barrier();
+    return {over_warps(mine), over_warps(mine + kMostWarps)};
+  }
+
+ private:
+  static constexpr unsigned kAll = 0xffffffffu;
+  static __device__ __forceinline__ bool one_warp() { return !S::kWholeWarps || blockDim.x == 32; }
+  static __device__ __forceinline__ void barrier() {
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+  }
+  __device__ __forceinline__ float* turn() {
+    odd_ = !odd_;
+    return partial_ + (odd_ ? 2 * kMostWarps : 0);
+  }
+  // In ascending order; there are zeros behind the last warp.
+  static __device__ __forceinline__ float over_warps(const float* sums) {
+    float total = 0;
+#pragma unroll 1
+    for (unsigned w = 0; w < blockDim.x / 32; w += 4) {
+      const auto four = load_vector<float, 4>(sums + w);
+      total += four.at[0] + four.at[1] + four.at[2] + four.at[3];
+    }
+    return total;
+  }
+  float* partial_;
+  bool odd_ = false;
+};
+
+// Lets a kernel take what a plan asks for.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, const RowPlan& plan, const char* operation) {
+  if (plan.shared() <= 40 * 1024) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared())),
+        operation);
 }
 
 // Whether every tensor (empty ones aside) can be read in vectors of N elements.
