@@ -1,15 +1,15 @@
 // Decoding with a cache on tensor cores: fp16 and bf16, head sizes 32, 64 and 128. A tile is up to 16 queries
-// of one key head, whole rows where they fit. A full chunk of committed slots meets all of a tile's queries;
-// the last chunks of a row, which hold its own ancestors, are gathered for that row alone and meet the same
-// instructions. Few tiles: one block per chunk, partial results in memory, and the tile's last block takes
-// them in order; what the cache holds is fetched while the kernel ahead still runs. Many tiles: one block
-// takes all chunks of its tile, in the same order with the same bits.
+// of one key head, whole rows where they fit, and belongs to a cluster of blocks. A warp takes the chunks of
+// committed slots of one class for all of the tile's queries. Each block has a share of the queries: its
+// warps take the last chunks of their rows, which hold the rows' own ancestors and are gathered in shared
+// memory; and it puts their partial results together, read of the cluster's blocks. Where there are fewer
+// warps than classes with chunks, this goes round by round. What the cache holds is fetched while the kernel
+// ahead still runs.
 #include <algorithm>
 
 #include "kernels/cuda/device/cluster.cuh"
-#include "kernels/cuda/device/decode.cuh"
+#include "kernels/cuda/device/decode_chunk.cuh"
 #include "kernels/cuda/device/element.cuh"
-#include "kernels/cuda/device/matrix.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/ops/linear.h"
 
@@ -17,13 +17,34 @@ namespace kernels::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kQueries = 16;
-constexpr int64_t kFewTiles = 264;
-constexpr int kAhead = 10;  // partial results that are fetched at once
+constexpr int kMostWarps = 4, kMostShift = 3;
+constexpr int kAhead = 8;  // partial results that are fetched at once
 
-// How many blocks of a tile have finished; each tile's last one sets it to 0 again. Decoding steps follow one
-// another in one stream of a device.
-__device__ unsigned finished[kFewTiles];
+// Byte offsets in a block's shared memory; queries come first. The pool has keys and values of the committed
+// slots behind the last full chunk, a row of zeros at kZeros, the step's own rows from kChunk on.
+constexpr int kZeros = kChunk - 1;
+struct Layout {
+  int results;      // (queries of the block, 2, kResult) floats: of the last chunks
+  int places;       // (queries of the block) int: places of a row's list
+  int rows;         // (warps, kChunk) bytes: rows of the pool
+  int pool, apart;  // apart: of a row's key and its value
+  int stages;       // (warps): keys, values of a chunk; then (16, kResult) floats: of a class
+  int totals;       // (queries of the block, D / 2) float4, where there are several rounds
+  int bytes;
+};
+Layout layout_of(int width, int warps, int queries, int rows, bool rounds) {
+  const int row = (width + 8) * 2, result = (width + 8) * 4;
+  Layout l{};
+  l.results = kQueries * row;
+  l.places = l.results + queries * 2 * result;
+  l.rows = l.places + kQueries * 4;
+  l.pool = l.rows + warps * kChunk;
+  l.apart = (kChunk + rows) * row;
+  l.stages = l.pool + 2 * l.apart;
+  l.totals = l.stages + warps * 2 * kChunk * row;
+  l.bytes = l.totals + (rounds ? queries * width * 8 : 0);
+  return l;
+}
 
 template <typename T>
 struct Tiles {
@@ -31,60 +52,38 @@ struct Tiles {
   int group;        // queries of a row: H / Hk
   int rows, parts;  // of a tile: rows; tiles that a row's queries take
   int row_queries;  // queries of one row in a tile
-  int chunks;       // capacity of the partial results, per query
-  bool split;
-  float2* statistics;  // (N, H, chunks): maximum, sum
-  float* values;       // (N, H, chunks, D)
+  int shift;        // a cluster has 2^shift blocks
+  Layout at;
 };
 
-// Blocks are started in the order of x, then y, then z: blockIdx.x is the tile of a sequence's key head, y
-// the sequence and key head, z the item. Items that are not there come last.
+// blockIdx.x is the tile of a sequence's key head and the block of its cluster, y the sequence and key head.
 struct Tile {
-  int sequence, key_head, first, count, length, full;  // full: chunks of committed slots only
-  int row, rows, query;                                // first row, rows, first query of a row
+  int sequence, key_head, first, length, full;  // full: chunks of committed slots only
+  int row, rows, query;                         // first row, rows, first query of a row
+  int rank, mine, queries, own_row, own_rows;   // this block's share: queries, rows that have some of them
+  int warps, warp, lane;
 };
 
 template <typename T>
 __device__ Tile tile_of(const Tiles<T>& p) {
   Tile t;
+  const int tile = static_cast<int>(blockIdx.x) >> p.shift;
   t.sequence = blockIdx.y / p.step.key_heads;
   t.key_head = blockIdx.y % p.step.key_heads;
   t.first = p.step.first_row[t.sequence];
-  t.count = min(p.step.first_row[t.sequence + 1] - t.first, int{kMaxDecodeRows});
+  const int count = min(p.step.first_row[t.sequence + 1] - t.first, int{kMaxDecodeRows});
   t.length = p.step.length(t.sequence);
   t.full = t.length / kChunk;
-  t.row = blockIdx.x / p.parts * p.rows;
-  t.rows = min(p.rows, t.count - t.row);
-  t.query = blockIdx.x % p.parts * kQueries;
+  t.row = tile / p.parts * p.rows;
+  t.rows = min(p.rows, count - t.row);
+  t.query = tile % p.parts * kQueries;
+  t.rank = blockIdx.x & ((1 << p.shift) - 1);
+  t.queries = kQueries >> p.shift;
+  t.mine = t.rank * t.queries;
+  t.own_row = t.mine / p.row_queries;
+  t.own_rows = max(min((t.mine + t.queries - 1) / p.row_queries + 1, t.rows) - t.own_row, 0);
+  t.warps = blockDim.x / 32, t.warp = threadIdx.x / 32, t.lane = threadIdx.x % 32;
   return t;
-}
-
-// Item x of a tile: a full chunk, or one of the two last chunks of a row: the first of every row, then the
-// second.
-struct Item {
-  int chunk, row;  // row: within the tile; -1: full
-  uint64_t ancestors;
-  int visible;  // places of the chunk; 0: there is no such chunk
-};
-
-template <typename T>
-__device__ uint64_t ancestors_of(const Tiles<T>& p, const Tile& t, int row) {
-  return static_cast<uint64_t>(p.step.ancestors[t.first + t.row + row]);
-}
-
-template <typename T>
-__device__ Item item_of(const Tiles<T>& p, const Tile& t, int x) {
-  if (x < t.full) return {x, -1, 0, kChunk};
-  const int row = (x - t.full) % p.rows, chunk = t.full + (x - t.full) / p.rows;
-  if (row >= t.rows) return {chunk, row, 0, 0};
-  const uint64_t ancestors = ancestors_of(p, t, row);
-  const int places = t.length + __popcll(ancestors) - chunk * kChunk;
-  return {chunk, row, ancestors, min(max(places, 0), kChunk)};
-}
-
-template <typename T>
-__device__ int chunks_of(const Tiles<T>& p, const Tile& t, int row) {
-  return (t.length + __popcll(ancestors_of(p, t, row)) + kChunk - 1) / kChunk;
 }
 
 // Query i of the tile: its row within the tile and its head; false where there is none.
@@ -96,411 +95,404 @@ __device__ bool find_query(const Tiles<T>& p, const Tile& t, int i, int& row, in
   return row < t.rows && member < p.group;
 }
 
-// Rows are 16 bytes apart from a multiple of 128: eight rows of a matrix lie in different banks.
-template <typename T, int D>
-struct Memory {
-  static constexpr int kRow = D + 8;
-  struct Stage {
-    T k[kChunk][kRow], v[kChunk][kRow];
-  };
-  T q[kQueries][kRow];
-  T p[kQueries][kChunk + 8];
-  float maximum[4][kQueries], sum[4][kQueries];
-  unsigned remaining;           // blocks of the tile that have not finished
-  alignas(16) Stage stages[2];  // one where a block takes one chunk
-};
+extern __shared__ __align__(16) char memory[];
 
+__device__ __forceinline__ int* list_places(const Layout& at) {
+  return reinterpret_cast<int*>(memory + at.places);
+}
+template <int D>
+__device__ __forceinline__ char* stage_of(const Layout& at, int warp) {
+  return memory + at.stages + warp * 2 * kChunk * kRowBytes<D>;
+}
+// The result of the block's query i for the first or second of the last chunks.
+template <int D>
+__device__ __forceinline__ float* last_result(const Layout& at, int i, int which) {
+  return reinterpret_cast<float*>(memory + at.results) + (i * 2 + which) * kResult<D>;
+}
+
+// Rows of one head, by thread `i` of `threads`.
 template <typename T, int D>
-__device__ void load_queries(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) {
-  for (int i = threadIdx.x; i < kQueries * D / 8; i += kThreads) {
-    const int query = i / (D / 8), c = i % (D / 8) * 8;
+__device__ __forceinline__ void load_rows(const T* from, int64_t stride, int rows, uint32_t to, int i,
+                                          int threads) {
+  constexpr int kUnits = D / 8;
+#pragma unroll 4
+  for (; i < rows * kUnits; i += threads) {
+    const int row = i / kUnits, unit = i % kUnits;
+    copy_unit(to + row * kRowBytes<D> + unit * 16, from + row * stride + unit * 8, true);
+  }
+}
+template <typename T, int D>
+__device__ __forceinline__ void load_stored(const Tiles<T>& p, const Tile& t, const T* cache,
+                                            int64_t cache_stride, int slot, int rows, uint32_t to, int i,
+                                            int threads) {
+  const T* from =
+      cache + t.sequence * cache_stride + (int64_t{slot} * p.step.key_heads + t.key_head) * int64_t{D};
+  load_rows<T, D>(from, int64_t{p.step.key_heads} * D, rows, to, i, threads);
+}
+
+// A full chunk's keys or values, by this warp to its stage; nothing where there is no such chunk.
+template <typename T, int D>
+__device__ __forceinline__ void load_keys(const Tiles<T>& p, const Tile& t, int chunk) {
+  if (chunk < t.full)
+    load_stored<T, D>(p, t, p.step.cache_k, p.step.cache_k_stride, chunk * kChunk, kChunk,
+                      shared_address(stage_of<D>(p.at, t.warp)), t.lane, 32);
+  end_copies();
+}
+template <typename T, int D>
+__device__ __forceinline__ void load_values(const Tiles<T>& p, const Tile& t, int chunk) {
+  if (chunk < t.full)
+    load_stored<T, D>(p, t, p.step.cache_v, p.step.cache_v_stride, chunk * kChunk, kChunk,
+                      shared_address(stage_of<D>(p.at, t.warp)) + kChunk * kRowBytes<D>, t.lane, 32);
+  end_copies();
+}
+
+// The pool's stored slots and its zeros; then what the kernel ahead has made: queries, and the step's rows up
+// to the last one that this block's rows may see.
+template <typename T, int D>
+__device__ void load_stored_pool(const Tiles<T>& p, const Tile& t) {
+  if (t.own_rows == 0) return;
+  const uint32_t pool = shared_address(memory + p.at.pool);
+  const int i = threadIdx.x, threads = blockDim.x, slot = t.full * kChunk;
+  load_stored<T, D>(p, t, p.step.cache_k, p.step.cache_k_stride, slot, t.length - slot, pool, i, threads);
+  load_stored<T, D>(p, t, p.step.cache_v, p.step.cache_v_stride, slot, t.length - slot, pool + p.at.apart, i,
+                    threads);
+  if (i < D / 4)
+    copy_unit(pool + (i < D / 8 ? 0 : p.at.apart) + kZeros * kRowBytes<D> + i % (D / 8) * 16, p.step.cache_k,
+              false);
+}
+template <typename T, int D>
+__device__ void load_new(const Tiles<T>& p, const Tile& t) {
+  const int threads = blockDim.x;
+  for (int i = threadIdx.x; i < kQueries * D / 8; i += threads) {
+    const int query = i / (D / 8), unit = i % (D / 8);
     int row, head;
     const bool inside = find_query(p, t, query, row, head);
-    const T* from = p.step.q + (inside ? (t.first + t.row + row) * p.step.q_stride + head * D : 0) + c;
-    copy_16(&m.q[query][c], from, inside);
+    const T* from = p.step.q + (inside ? (t.first + t.row + row) * p.step.q_stride + head * D : 0) + unit * 8;
+    copy_unit(shared_address(memory) + query * kRowBytes<D> + unit * 16, from, inside);
+  }
+  if (t.own_rows > 0) {
+    const uint32_t to = shared_address(memory + p.at.pool) + kChunk * kRowBytes<D>;
+    const int rows = t.row + t.own_row + t.own_rows, column = t.key_head * D;
+    load_rows<T, D>(p.step.k + t.first * p.step.k_stride + column, p.step.k_stride, rows, to, threadIdx.x,
+                    threads);
+    load_rows<T, D>(p.step.v + t.first * p.step.v_stride + column, p.step.v_stride, rows, to + p.at.apart,
+                    threadIdx.x, threads);
+  }
+  end_copies();
+}
+
+// The new rows of which this block has the first query go into their slots.
+template <typename T, int D>
+__device__ void append_rows(const Tiles<T>& p, const Tile& t) {
+  constexpr int kUnits = D / 8;
+  if (t.query != 0) return;
+  for (int i = threadIdx.x; i < t.own_rows * kUnits; i += blockDim.x) {
+    const int row = t.own_row + i / kUnits, unit = i % kUnits, slot = t.length + t.row + row;
+    if (row * p.row_queries < t.mine || slot >= p.step.capacity) continue;
+    const char* from = memory + p.at.pool + (kChunk + t.row + row) * kRowBytes<D> + unit * 16;
+    const int64_t to = (int64_t{slot} * p.step.key_heads + t.key_head) * D + unit * 8;
+    *reinterpret_cast<uint4*>(p.step.cache_k + t.sequence * p.step.cache_k_stride + to) =
+        *reinterpret_cast<const uint4*>(from);
+    *reinterpret_cast<uint4*>(p.step.cache_v + t.sequence * p.step.cache_v_stride + to) =
+        *reinterpret_cast<const uint4*>(from + p.at.apart);
   }
 }
 
-// The item's places in the cache, and zeros behind the last place; or those of the step's own rows.
-template <bool kStored, typename T, int D>
-__device__ void load_places(const Tiles<T>& p, const Tile& t, const Item& item, int stage, Memory<T, D>& m) {
-#pragma unroll
-  for (int n = 0; n < kChunk * D / 8 / kThreads; ++n) {
-    const int i = n * kThreads + threadIdx.x, place = i / (D / 8), c = i % (D / 8) * 8;
-    const bool inside = place < item.visible;
-    const int at = inside ? item.chunk * kChunk + place : 0;
-    if ((!inside || at < t.length) != kStored) continue;
-    copy_16(&m.stages[stage].k[place][c],
-            p.step.key(t.sequence, t.key_head, t.length, t.first, item.ancestors, at) + c, inside);
-    copy_16(&m.stages[stage].v[place][c],
-            p.step.value(t.sequence, t.key_head, t.length, t.first, item.ancestors, at) + c, inside);
-  }
-}
-
-// What a chunk gives: this thread's maximum and sum for queries lane / 4 and lane / 4 + 8, and its elements
-// of the weighted sum of values: columns warp * D / 4 + 8 n + 2 (lane % 4) + {0, 1}.
-template <int D>
-struct Partial {
-  float maximum[2], sum[2], out[D / 32][4];
+// One of the two last chunks of one of the block's rows.
+struct LastChunk {
+  int item, row, which;
+  int visible;       // places of the chunk; 0: there is no such chunk
+  int rows[kSteps];  // of the pool: this lane's place of each step
 };
 
-// Scores of 16 queries and the warp's 16 places.
-template <typename T, int D>
-__device__ __forceinline__ void scores(const Memory<T, D>& m, int stage, float scale, int visible,
-                                       float (&s)[2][4]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8;
+// Where the chunk's places lie in the pool.
+__device__ __forceinline__ void find_places(const Layout& at, const Tile& t, uint64_t ancestors,
+                                            LastChunk& chunk) {
+  auto* rows = reinterpret_cast<uint8_t*>(memory + at.rows) + t.warp * kChunk;
+  const int begin = (t.full + chunk.which) * kChunk;
 #pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    unsigned a[4], b[4];
-    load_matrices(a, &m.q[matrix % 2 * 8 + lane % 8][step * 16 + matrix / 2 * 8]);
-    load_matrices(b, &m.stages[stage].k[warp * 16 + matrix / 2 * 8 + lane % 8][step * 16 + matrix % 2 * 8]);
-    multiply<T>(s[0], a, b[0], b[1]);
-    multiply<T>(s[1], a, b[2], b[3]);
+  for (int place = t.lane; place < kChunk; place += 32)
+    rows[place] = static_cast<uint8_t>(begin + place < t.length ? place : kZeros);
+  __syncwarp();
+#pragma unroll
+  for (int bit = t.lane; bit < kChunk; bit += 32) {
+    const int place = t.length + __popcll(ancestors & ((uint64_t{1} << bit) - 1)) - begin;
+    if ((ancestors >> bit & 1) && place >= 0 && place < kChunk)
+      rows[place] = static_cast<uint8_t>(kChunk + bit);
   }
+  __syncwarp();
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int place = warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
-      s[n][i] = place < visible ? __fmul_rn(s[n][i], scale) : -INFINITY;
-    }
+  for (int step = 0; step < kSteps; ++step) chunk.rows[step] = rows[step * 16 + t.lane % 16];
+  __syncwarp();
 }
 
+// The next last chunk behind `item` that is this warp's: every row's first, then every row's second, dealt
+// out forth and back to the warps, first to those that have no full chunk. Lane i has the ancestors of row i.
 template <typename T>
-__device__ __forceinline__ void store_pair(T* to, float a, float b) {
-  store_vector(to, Vector<T, 2>{from_float<T>(a), from_float<T>(b)});
-}
-
-template <typename T, int D>
-__device__ void compute_chunk(Memory<T, D>& m, int stage, float scale, int visible, Partial<D>& out) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8;
-  float s[2][4] = {};
-  scores<T, D>(m, stage, scale, visible, s);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float top = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    if (lane % 4 == 0) m.maximum[warp][lane / 4 + 8 * half] = top;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = lane / 4 + 8 * half;
-    const float top = fmaxf(fmaxf(m.maximum[0][query], m.maximum[1][query]),
-                            fmaxf(m.maximum[2][query], m.maximum[3][query]));
-    float sum = 0;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float a = exp2f(s[n][2 * half] - top), b = exp2f(s[n][2 * half + 1] - top);
-      store_pair(&m.p[query][warp * 16 + n * 8 + lane % 4 * 2], a, b);
-      sum += a + b;
-    }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (lane % 4 == 0) m.sum[warp][query] = sum;
-    out.maximum[half] = top;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = lane / 4 + 8 * half;
-    out.sum[half] = (m.sum[0][query] + m.sum[1][query]) + (m.sum[2][query] + m.sum[3][query]);
-  }
-#pragma unroll
-  for (int n = 0; n < D / 32; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out.out[n][i] = 0;
-#pragma unroll
-  for (int step = 0; step < kChunk / 16; ++step) {
-    unsigned a[4];
-    load_matrices(a, &m.p[matrix % 2 * 8 + lane % 8][step * 16 + matrix / 2 * 8]);
-#pragma unroll
-    for (int n = 0; n < D / 32; ++n) {
-      unsigned b[2];
-      load_transposed(b, &m.stages[stage].v[step * 16 + lane % 16][warp * (D / 4) + n * 8]);
-      multiply<T>(out.out[n], a, b[0], b[1]);
-    }
-  }
-}
-
-template <typename T, int D>
-__device__ void append_tile(const Tiles<T>& p, const Tile& t) {
-  constexpr int kWide = 8;
-  for (int i = threadIdx.x; i < t.rows * D / kWide; i += kThreads)
-    p.step.template append<kWide>(t.sequence, t.key_head, t.length, t.first, t.row + i / (D / kWide),
-                                  i % (D / kWide) * kWide);
-}
-
-// One block per chunk: the partial result goes to memory.
-template <typename T, int D>
-__device__ void store_partial(const Tiles<T>& p, const Tile& t, const Item& item, const Partial<D>& x) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int row, head;
-    if (!find_query(p, t, lane / 4 + 8 * half, row, head) || (item.row >= 0 && item.row != row)) continue;
-    const int64_t at = (int64_t{t.first + t.row + row} * p.step.heads + head) * p.chunks + item.chunk;
-    if (warp == 0 && lane % 4 == 0) p.statistics[at] = {x.maximum[half], x.sum[half]};
-#pragma unroll
-    for (int n = 0; n < D / 32; ++n)
-      store_pair(p.values + at * D + warp * (D / 4) + n * 8 + lane % 4 * 2, x.out[n][2 * half],
-                 x.out[n][2 * half + 1]);
-  }
-}
-
-template <typename T>
-__device__ unsigned blocks_of(const Tiles<T>& p, const Tile& t) {
-  unsigned blocks = t.full;
-  for (int row = 0; row < t.rows; ++row) blocks += chunks_of(p, t, row) - t.full;
-  return blocks;
-}
-
-// Whether this is the last of the tile's `blocks`; the others' partial results are then visible.
-template <typename T, int D>
-__device__ bool finish_block(unsigned blocks, Memory<T, D>& m) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned before;
-    asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(&finished[blockIdx.y * gridDim.x + blockIdx.x]), "r"(blocks - 1)
-                 : "memory");
-    m.remaining = blocks - 1 - before;
-  }
-  __syncthreads();
-  return m.remaining == 0;
-}
-
-template <typename T, int D>
-__device__ void take_partials(const Tiles<T>& p, const Tile& t) {
-  for (int i = threadIdx.x; i < kQueries * D / 4; i += kThreads) {
-    int row, head;
-    if (!find_query(p, t, i / (D / 4), row, head)) continue;
-    const int64_t query = int64_t{t.first + t.row + row} * p.step.heads + head;
-    const int c = i % (D / 4) * 4, chunks = chunks_of(p, t, row);
-    float maximum = -INFINITY, sum = 0, out[4] = {};
-    for (int first = 0; first < chunks; first += kAhead) {
-      float2 x[kAhead];
-      float4 y[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int64_t at = query * p.chunks + min(first + j, chunks - 1);
-        x[j] = __ldcg(p.statistics + at);
-        y[j] = __ldcg(reinterpret_cast<const float4*>(p.values + at * D + c));
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (first + j >= chunks) break;
-        const ChunkWeights w = take_chunk(maximum, sum, x[j].x, x[j].y);
-        out[0] = take_value(out[0], y[j].x, w), out[1] = take_value(out[1], y[j].y, w);
-        out[2] = take_value(out[2], y[j].z, w), out[3] = take_value(out[3], y[j].w, w);
-      }
-    }
-    const float factor = __frcp_rn(sum);
-    T* to = p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + c;
-    store_pair(to, __fmul_rn(out[0], factor), __fmul_rn(out[1], factor));
-    store_pair(to + 2, __fmul_rn(out[2], factor), __fmul_rn(out[3], factor));
-  }
-}
-
-template <typename T, int D>
-__device__ void run_one_chunk(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) {
-  const Item item = item_of(p, t, blockIdx.z);
-  if (item.visible == 0) return;
-  const unsigned blocks = blocks_of(p, t);
-  load_places<true, T, D>(p, t, item, 0, m);
-  wait_for_previous();
-  load_queries<T, D>(p, t, m);
-  if (item.row >= 0) load_places<false, T, D>(p, t, item, 0, m);
-  commit_copies();
-  if (blockIdx.z == 0 && t.query == 0) append_tile<T, D>(p, t);
-  wait_copies<0>();
-  __syncthreads();
-  Partial<D> x;
-  compute_chunk<T, D>(m, 0, p.step.scale, item.visible, x);
-  store_partial<T, D>(p, t, item, x);
-  if (finish_block<T, D>(blocks, m)) take_partials<T, D>(p, t);
-}
-
-template <typename T, int D>
-__device__ void store_result(const Tiles<T>& p, const Tile& t, const Partial<D>& x) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int row, head;
-    if (!find_query(p, t, lane / 4 + 8 * half, row, head)) continue;
-    const float factor = __frcp_rn(x.sum[half]);
-    T* to = p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D;
-#pragma unroll
-    for (int n = 0; n < D / 32; ++n)
-      store_pair(to + warp * (D / 4) + n * 8 + lane % 4 * 2, __fmul_rn(x.out[n][2 * half], factor),
-                 __fmul_rn(x.out[n][2 * half + 1], factor));
-  }
-}
-
-template <typename T, int D>
-__device__ void take(const Tiles<T>& p, const Item& item, const Partial<D>& x, Partial<D>& state) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = (lane / 4 + 8 * half) / p.row_queries;
-    if (item.row >= 0 && item.row != row) continue;
-    const ChunkWeights w = take_chunk(state.maximum[half], state.sum[half], x.maximum[half], x.sum[half]);
-#pragma unroll
-    for (int n = 0; n < D / 32; ++n)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i)
-        state.out[n][i] = take_value(state.out[n][i], x.out[n][i], w);
-  }
-}
-
-// The next item behind x that there is; visible is 0 where there is none.
-template <typename T>
-__device__ Item next_item(const Tiles<T>& p, const Tile& t, int& x) {
-  while (++x < t.full + 2 * p.rows) {
-    const Item item = item_of(p, t, x);
-    if (item.visible > 0) return item;
+__device__ LastChunk next_last(const Tiles<T>& p, const Tile& t, uint64_t ancestors, int item) {
+  const int busy = min((t.full - t.rank + (1 << p.shift) - 1) >> p.shift, t.warps);
+  while (++item < 2 * t.own_rows) {
+    const int place = (busy + item) % t.warps;
+    if (((busy + item) / t.warps % 2 ? t.warps - 1 - place : place) != t.warp) continue;
+    LastChunk chunk{.item = item, .row = item % t.own_rows, .which = item / t.own_rows};
+    const uint64_t mask = __shfl_sync(0xffffffffu, ancestors, chunk.row);
+    const int places = t.length + __popcll(mask);
+    chunk.visible = min(places - (t.full + chunk.which) * kChunk, kChunk);
+    if (chunk.visible <= 0) continue;
+    find_places(p.at, t, mask, chunk);
+    return chunk;
   }
   return {};
 }
 
 template <typename T, int D>
-__device__ void load_item(const Tiles<T>& p, const Tile& t, const Item& item, int stage, Memory<T, D>& m) {
-  load_places<true, T, D>(p, t, item, stage, m);
-  if (item.row >= 0) load_places<false, T, D>(p, t, item, stage, m);
-  commit_copies();
-}
-
-template <typename T, int D>
-__device__ void run_all_chunks(const Tiles<T>& p, const Tile& t, Memory<T, D>& m) {
-  if (t.query == 0) append_tile<T, D>(p, t);
-  Partial<D> state = {};
-  state.maximum[0] = state.maximum[1] = -INFINITY;
-  load_queries<T, D>(p, t, m);
-  int x = -1, stage = 0;
-  Item item = next_item(p, t, x);  // there is one: a row sees itself
-  load_item<T, D>(p, t, item, 0, m);
-  while (item.visible > 0) {
-    const Item next = next_item(p, t, x);
-    if (next.visible > 0) {
-      load_item<T, D>(p, t, next, stage ^ 1, m);
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    __syncthreads();
-    Partial<D> fresh;
-    compute_chunk<T, D>(m, stage, p.step.scale, item.visible, fresh);
-    take<T, D>(p, item, fresh, state);
-    __syncthreads();
-    item = next;
-    stage ^= 1;
+__device__ void take_last(const Tiles<T>& p, const Tile& t, const LastChunk& chunk) {
+  uint32_t keys[kSteps], values[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    keys[step] = lane_part(shared_address(memory + p.at.pool) + chunk.rows[step] * kRowBytes<D>);
+    values[step] = keys[step] + p.at.apart;
   }
-  store_result<T, D>(p, t, state);
+  const uint32_t queries = lane_part(shared_address(memory) + t.lane % 16 * kRowBytes<D>);
+  const Weights w = weigh<T, D>(queries, keys, p.step.scale, chunk.visible);
+  const Partial<D> x = weighted_sum<T, D>(w, values, chunk.visible);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = t.lane / 4 + 8 * half, i = query - t.mine;
+    if (query / p.row_queries == t.own_row + chunk.row && i >= 0 && i < t.queries)
+      store_result<D>(x, half, last_result<D>(p.at, i, chunk.which));
+  }
+}
+
+// The class's full chunks, of which the first is in this warp's stage or on its way there; the result takes
+// their place.
+template <typename T, int D>
+__device__ void take_class(const Tiles<T>& p, const Tile& t, int first) {
+  if (first >= t.full) return;
+  char* stage = stage_of<D>(p.at, t.warp);
+  uint32_t keys[kSteps], values[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    keys[step] = lane_part(shared_address(stage) + (step * 16 + t.lane % 16) * kRowBytes<D>);
+    values[step] = keys[step] + kChunk * kRowBytes<D>;
+  }
+  const uint32_t queries = lane_part(shared_address(memory) + t.lane % 16 * kRowBytes<D>);
+  Partial<D> state;
+  for (int chunk = first; chunk < t.full; chunk += kClasses) {
+    wait_for_copies<1>();
+    __syncwarp();
+    const Weights w = weigh<T, D>(queries, keys, p.step.scale, kChunk);
+    __syncwarp();
+    load_keys<T, D>(p, t, chunk + kClasses);
+    wait_for_copies<1>();
+    __syncwarp();
+    const Partial<D> x = weighted_sum<T, D>(w, values, kChunk);
+    __syncwarp();
+    load_values<T, D>(p, t, chunk + kClasses);
+    if (chunk == first)
+      state = x;
+    else
+      take(state, x);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    store_result<D>(state, half, reinterpret_cast<float*>(stage) + (t.lane / 4 + 8 * half) * kResult<D>);
+}
+
+// Takes the classes [low, high) of a query into its total; those below `filled` have full chunks, with
+// results in the stages of this round. The last chunks are found among the results of the block's query i.
+template <int D>
+__device__ void take_classes(const Layout& at, const Tile& t, int shift, int low, int high, int filled, int i,
+                             int column, int chunks, Columns& total) {
+  for (int first = low; first < high; first += kAhead) {
+    Columns x[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int c = first + j, warp = (c - low) >> shift, rank = c & ((1 << shift) - 1);
+      if (c < filled)
+        x[j] = load_result<D>(cluster_shared(reinterpret_cast<const float*>(stage_of<D>(at, warp)), rank) +
+                                  (t.mine + i) * kResult<D>,
+                              column);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int c = first + j;
+      if (c >= high) break;
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const int chunk = t.full + which;
+        if (chunk >= chunks || chunk % kClasses != c) continue;
+        const Columns last = load_result<D>(last_result<D>(at, i, which), column);
+        if (chunk == c)
+          x[j] = last;
+        else
+          x[j].take(last);
+      }
+      total.take(x[j]);
+    }
+  }
+}
+
+// What the round that begins with class `low` adds to the results of this block's queries; behind the last
+// round they are complete.
+template <typename T, int D>
+__device__ void finish_round(const Tiles<T>& p, const Tile& t, int low, int end, bool last) {
+  for (int u = threadIdx.x; u < t.queries * D / 2; u += blockDim.x) {
+    const int i = u / (D / 2), column = u % (D / 2) * 2;
+    int row, head;
+    if (!find_query(p, t, t.mine + i, row, head)) continue;
+    const int chunks = (list_places(p.at)[row - t.own_row] + kChunk - 1) / kChunk;
+    auto* kept = reinterpret_cast<float4*>(memory + p.at.totals) + u;
+    Columns total;
+    if (low > 0) total = {kept->x, kept->y, {kept->z, kept->w}};
+    take_classes<D>(p.at, t, p.shift, low, min(last ? kClasses : end, chunks), min(end, t.full), i, column,
+                    chunks, total);
+    if (last) {
+      const float factor = __frcp_rn(total.sum);
+      *reinterpret_cast<uint32_t*>(p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + column) =
+          pack<T>(__fmul_rn(total.out.x, factor), __fmul_rn(total.out.y, factor));
+    } else {
+      *kept = {total.maximum, total.sum, total.out.x, total.out.y};
+    }
+  }
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) softmax_decode_kernel(const Tiles<T> p) {
-  extern __shared__ __align__(16) char memory[];
-  Memory<T, D>& m = *reinterpret_cast<Memory<T, D>*>(memory);
+__device__ void take_rounds(const Tiles<T>& p, const Tile& t) {
+  const auto sync = [&] {
+    if (p.shift > 0)
+      cluster_sync_shared();
+    else
+      __syncthreads();
+  };
+  const int classes = t.warps << p.shift, filled = min(t.full, kClasses);
+  int mine = (t.warp << p.shift) + t.rank;
+  for (int low = 0;; low += classes, mine += classes) {
+    const int end = low + classes;
+    take_class<T, D>(p, t, mine);
+    sync();
+    finish_round<T, D>(p, t, low, end, end >= filled);
+    // Before results are overwritten, and before a block leaves while others read them.
+    sync();
+    if (end >= filled) return;
+    load_keys<T, D>(p, t, mine + classes);
+    load_values<T, D>(p, t, mine + classes);
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kMostWarps * 32) softmax_decode_kernel(const Tiles<T> p) {
   let_next_start();
-  if (!p.split) wait_for_previous();
   const Tile t = tile_of(p);
   if (t.rows <= 0) return;
-  if (p.split) {
-    run_one_chunk<T, D>(p, t, m);
-  } else {
-    run_all_chunks<T, D>(p, t, m);
-  }
+  uint64_t ancestors = 0;
+  if (t.lane < t.own_rows)
+    ancestors = static_cast<uint64_t>(p.step.ancestors[t.first + t.row + t.own_row + t.lane]);
+  load_keys<T, D>(p, t, (t.warp << p.shift) + t.rank);
+  load_values<T, D>(p, t, (t.warp << p.shift) + t.rank);
+  load_stored_pool<T, D>(p, t);
+  wait_for_previous();
+  load_new<T, D>(p, t);
+  LastChunk chunk = next_last(p, t, ancestors, -1);
+  if (t.warp == 0 && t.lane < t.own_rows) list_places(p.at)[t.lane] = t.length + __popcll(ancestors);
+  wait_for_copies<0>();
+  __syncthreads();
+  append_rows<T, D>(p, t);
+  for (; chunk.visible > 0; chunk = next_last(p, t, ancestors, chunk.item)) take_last<T, D>(p, t, chunk);
+  take_rounds<T, D>(p, t);
 }
 
-// Tiles of a step of `rows` rows, the most that one sequence can have among them.
+// Tiles of a step, `rows` rows being the most that one sequence can have among them.
 struct Grid {
-  int rows, parts, row_queries, chunks;
-  int64_t tiles, all;
-  bool split;
+  int rows, parts, row_queries, warps, shift;
+  int64_t tiles;
+  Layout at;
 };
 
-Grid grid_of(int64_t group, int64_t rows, int64_t capacity, int64_t heads_of_sequences) {
+int largest_memory() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "reading the current GPU");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "reading a GPU's properties");
+  return bytes;
+}
+
+// As many blocks of a tile as have something to do, and are resident at once with those of all tiles.
+int shift_of(const Grid& g, int chunks, int64_t all_tiles) {
+  const int wanted = std::max((chunks + g.warps - 1) / g.warps, (g.rows + g.warps - 1) / g.warps);
+  int shift = 0;
+  while (has_clusters() && shift < kMostShift && 1 << shift < wanted &&
+         all_tiles << (shift + 1) <= 2 * multiprocessors())
+    ++shift;
+  return shift;
+}
+
+Grid grid_of(int64_t group, int64_t rows, int64_t capacity, int64_t width, int64_t key_heads) {
   Grid g;
   g.row_queries = static_cast<int>(std::min<int64_t>(group, kQueries));
   g.parts = static_cast<int>((group + kQueries - 1) / kQueries);
   const int64_t most = std::min(rows, kMaxDecodeRows);
   g.rows = static_cast<int>(std::min<int64_t>(kQueries / g.row_queries, most));
-  g.chunks = static_cast<int>((capacity + kChunk - 1) / kChunk + 1);
   g.tiles = (most + g.rows - 1) / g.rows * g.parts;
-  g.all = g.tiles * heads_of_sequences;
-  g.split = g.all < kFewTiles;
-  return g;
+  const int chunks = static_cast<int>(capacity / kChunk), memory = largest_memory();
+  for (g.warps = kMostWarps;; g.warps /= 2) {
+    g.shift = shift_of(g, chunks, g.tiles * key_heads);
+    g.at = layout_of(static_cast<int>(width), g.warps, kQueries >> g.shift, static_cast<int>(most),
+                     chunks > g.warps << g.shift);
+    if (g.at.bytes <= memory || g.warps == 1) return g;
+  }
 }
 
 template <typename T, int D>
 void launch_tiles(const Context& ctx, const Tiles<T>& p, const Grid& g) {
   constexpr const char* kName = "softmax_attention_decode";
   const auto kernel = softmax_decode_kernel<T, D>;
-  constexpr int kBytes = sizeof(Memory<T, D>), kStage = sizeof(typename Memory<T, D>::Stage);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kName);
-  const dim3 grid(static_cast<unsigned>(g.tiles), static_cast<unsigned>(p.step.sequences * p.step.key_heads),
-                  g.split ? static_cast<unsigned>(p.step.capacity / kChunk + 2 * g.rows) : 1u);
-  const unsigned shared = g.split ? kBytes - kStage : kBytes;
-  launch(ctx, kName, {.grid = grid, .block = kThreads, .dependent = true, .shared = shared}, kernel, p);
-}
-
-struct Partials {
-  Tensor statistics, values;
-};
-// The memory is free again at once: what comes next in the stream may have it.
-Partials allocate(const Context& ctx, int64_t queries, const Grid& g, int64_t width) {
-  if (!g.split) return {};
-  ArenaScope scope(*ctx.scratch);
-  return {ctx.scratch->allocate("chunk statistics", DType::f32, {queries * g.chunks, 2}),
-          ctx.scratch->allocate("chunk values", DType::f32, {queries * g.chunks, width})};
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.at.bytes), kName);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        kName);
+  const dim3 grid(static_cast<unsigned>(g.tiles << g.shift),
+                  static_cast<unsigned>(p.step.sequences * p.step.key_heads));
+  launch(ctx, kName,
+         {.grid = grid,
+          .block = dim3(static_cast<unsigned>(g.warps * 32)),
+          .cluster = 1u << g.shift,
+          .dependent = true,
+          .shared = static_cast<unsigned>(p.at.bytes)},
+         kernel, p);
 }
 
 template <typename T>
-void run(const Context& ctx, const DecodeCall& call, const Grid& g, const Partials& partials) {
+void run(const Context& ctx, const DecodeCall& call, const Grid& g) {
   const Tiles<T> p{.step = step_of<T>(call),
                    .group = static_cast<int>(call.q.dim(1) / call.k.dim(1)),
                    .rows = g.rows,
                    .parts = g.parts,
                    .row_queries = g.row_queries,
-                   .chunks = g.chunks,
-                   .split = g.split,
-                   .statistics = static_cast<float2*>(partials.statistics.data),
-                   .values = static_cast<float*>(partials.values.data)};
+                   .shift = g.shift,
+                   .at = g.at};
   if (p.step.width == 32) return launch_tiles<T, 32>(ctx, p, g);
   if (p.step.width == 64) return launch_tiles<T, 64>(ctx, p, g);
   launch_tiles<T, 128>(ctx, p, g);
 }
 
+// Whatever the number of rows: results must not depend on it.
 bool eligible(const DecodeCall& c) {
   const int64_t width = c.q.dim(2);
   if (c.q.dtype == DType::f32 || (width != 32 && width != 64 && width != 128)) return false;
   for (const Tensor* x : {&c.q, &c.k, &c.v, &c.o, &c.cache_k, &c.cache_v})
     if (reinterpret_cast<uintptr_t>(x->data) % 16 != 0 || x->row_stride % 8 != 0) return false;
-  return true;
+  return layout_of(static_cast<int>(width), 1, kQueries, kMaxDecodeRows, true).bytes <= largest_memory();
 }
 
 }  // namespace
 
 bool softmax_decode_tiles(const Context& ctx, const DecodeCall& call) {
   if (!eligible(call)) return false;
-  const int64_t rows = call.q.rows(), heads = call.q.dim(1), key_heads = call.k.dim(1);
-  const auto grid = [&](int64_t n) {
-    Grid g = grid_of(heads / key_heads, n, call.cache_k.dim(1), call.cache_k.rows() * key_heads);
-    g.split = g.split && ctx.scratch;
-    return g;
-  };
-  if (ctx.rehearsal) {
-    // Fewer rows than rehearsed may need more, where only they are split.
-    for (int64_t n = 1; n <= rows; ++n) allocate(ctx, n * heads, grid(n), call.q.dim(2));
-    return true;
-  }
-  const Grid g = grid(rows);
-  const Partials partials = allocate(ctx, rows * heads, g, call.q.dim(2));
-  call.q.dtype == DType::f16 ? run<__half>(ctx, call, g, partials)
-                             : run<__nv_bfloat16>(ctx, call, g, partials);
+  if (ctx.rehearsal) return true;
+  const Grid g = grid_of(call.q.dim(1) / call.k.dim(1), call.q.rows(), call.cache_k.dim(1), call.q.dim(2),
+                         call.cache_k.rows() * call.k.dim(1));
+  call.q.dtype == DType::f16 ? run<__half>(ctx, call, g) : run<__nv_bfloat16>(ctx, call, g);
   return true;
 }
 

@@ -1,0 +1,154 @@
+#pragma once
+// What one warp computes of one chunk: the scores of 16 queries, their probabilities, the weighted sum of
+// values. There is no other code for it, so the bits are those of the list of places alone: whether the places
+// are stored or new, whether one of the queries counts or all do, and whoever computes the chunk.
+//
+// The order of a chunk's sums. A score: columns in steps of 16, ascending, one mma after another. The maximum
+// has no order. The sum of probabilities, in fp32: lane t of four has places 8 n + 2 t + {0, 1}, pairs first,
+// n ascending; then lanes (0 + 1) + (2 + 3). The weighted sum: probabilities in 16 bits, places in steps of
+// 16, ascending. Steps behind the last visible place are left out, which depends on their number alone.
+//
+// The order of chunks. Chunk c belongs to class c % kClasses. The chunks of a class are taken in ascending
+// order, then the classes. So classes can be shared out, and up to kClasses chunks are taken in their order.
+#include "kernels/cuda/device/decode.cuh"
+#include "kernels/cuda/device/mma.cuh"
+
+namespace kernels::cuda {
+
+inline constexpr int kQueries = 16, kClasses = 32, kSteps = kChunk / 16;
+
+// Keys, values and queries in shared memory: rows are an odd number of 16 bytes apart, so that eight rows of
+// a matrix lie in different banks.
+template <int D>
+inline constexpr int kRowBytes = (D + 8) * 2;
+// Floats of a query's partial result there: values, then maximum and sum.
+template <int D>
+inline constexpr int kResult = D + 8;
+
+// This lane has queries lane / 4 and lane / 4 + 8; of their weighted sums of values columns 8 n + 2 (lane %
+// 4) + {0, 1}.
+template <int D>
+struct Partial {
+  float maximum[2], sum[2], out[D / 8][4];
+};
+
+// Probabilities of 16 places a step, as left operands.
+struct Weights {
+  float maximum[2], sum[2];
+  uint32_t p[kSteps][4];
+};
+
+// Where this lane reads of a matrix of 16 rows of shared memory, one of which is its own: row lane % 16.
+__device__ __forceinline__ uint32_t lane_part(uint32_t row) { return row + threadIdx.x % 32 / 16 * 16; }
+
+// Scores are scaled for binary logarithms. keys: lane_part of the rows of this lane's place of each step.
+template <typename T, int D>
+__device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys)[kSteps], float scale,
+                                         int visible) {
+  const int lane = threadIdx.x % 32;
+  float s[2 * kSteps][4] = {};
+#pragma unroll
+  for (int column = 0; column < D / 16; ++column) {
+    uint32_t a[4], b[4];
+    load_matrices(queries + column * 32, a);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step * 16 >= visible) break;
+      load_matrices(keys[step] + column * 32, b);
+      multiply_add<T>(s[2 * step], a[0], a[1], a[2], a[3], b[0], b[2]);
+      multiply_add<T>(s[2 * step + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
+    }
+  }
+  Weights w;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = -INFINITY, sum = 0;
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[n][2 * half + i];
+        x = n * 8 + lane % 4 * 2 + i < visible ? __fmul_rn(x, scale) : -INFINITY;
+        top = fmaxf(top, x);
+      }
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; ++n) {
+      if (n / 2 * 16 >= visible) break;
+      const float a = exp2f(s[n][2 * half] - top), b = exp2f(s[n][2 * half + 1] - top);
+      w.p[n / 2][n % 2 * 2 + half] = pack<T>(a, b);
+      sum += a + b;
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    w.maximum[half] = top, w.sum[half] = sum;
+  }
+  return w;
+}
+
+// values: as keys.
+template <typename T, int D>
+__device__ __forceinline__ Partial<D> weighted_sum(const Weights& w, const uint32_t (&values)[kSteps],
+                                                   int visible) {
+  Partial<D> x;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) x.maximum[half] = w.maximum[half], x.sum[half] = w.sum[half];
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) x.out[n][0] = x.out[n][1] = x.out[n][2] = x.out[n][3] = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (step * 16 >= visible) break;
+    const uint32_t(&p)[4] = w.p[step];
+#pragma unroll
+    for (int column = 0; column < D / 16; ++column) {
+      uint32_t b[4];
+      load_matrices_transposed(values[step] + column * 32, b);
+      multiply_add<T>(x.out[2 * column], p[0], p[1], p[2], p[3], b[0], b[1]);
+      multiply_add<T>(x.out[2 * column + 1], p[0], p[1], p[2], p[3], b[2], b[3]);
+    }
+  }
+  return x;
+}
+
+// The next chunk of a class.
+template <int D>
+__device__ __forceinline__ void take(Partial<D>& state, const Partial<D>& x) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const ChunkWeights w = take_chunk(state.maximum[half], state.sum[half], x.maximum[half], x.sum[half]);
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i)
+        state.out[n][i] = take_value(state.out[n][i], x.out[n][i], w);
+  }
+}
+
+// Query lane / 4 + 8 half, to kResult floats.
+template <int D>
+__device__ __forceinline__ void store_result(const Partial<D>& x, int half, float* to) {
+  const int lane = threadIdx.x % 32;
+  if (lane % 4 == 0) *reinterpret_cast<float2*>(to + D) = {x.maximum[half], x.sum[half]};
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n)
+    *reinterpret_cast<float2*>(to + n * 8 + lane % 4 * 2) = {x.out[n][2 * half], x.out[n][2 * half + 1]};
+}
+
+// A query's partial results on the way to the result: two columns of the values.
+struct Columns {
+  float maximum = -INFINITY, sum = 0;
+  float2 out = {0, 0};
+
+  __device__ __forceinline__ void take(const Columns& x) {
+    const ChunkWeights w = take_chunk(maximum, sum, x.maximum, x.sum);
+    out.x = take_value(out.x, x.out.x, w), out.y = take_value(out.y, x.out.y, w);
+  }
+};
+template <int D>
+__device__ __forceinline__ Columns load_result(const float* from, int column) {
+  const auto state = *reinterpret_cast<const float2*>(from + D);
+  return {state.x, state.y, *reinterpret_cast<const float2*>(from + column)};
+}
+
+}  // namespace kernels::cuda
