@@ -52,6 +52,7 @@ struct Tiles {
   int group;        // queries of a row: H / Hk
   int rows, parts;  // of a tile: rows; tiles that a row's queries take
   int row_queries;  // queries of one row in a tile
+  int row_factor;   // 2^16 / row_queries, rounded up
   int shift;        // a cluster has 2^shift blocks
   Layout at;
 };
@@ -63,6 +64,12 @@ struct Tile {
   int rank, mine, queries, own_row, own_rows;   // this block's share: queries, rows that have some of them
   int warps, warp, lane;
 };
+
+// The row of query i of a tile: i / row_queries.
+template <typename T>
+__device__ __forceinline__ int row_of(const Tiles<T>& p, int i) {
+  return i * p.row_factor >> 16;
+}
 
 template <typename T>
 __device__ Tile tile_of(const Tiles<T>& p) {
@@ -80,8 +87,8 @@ __device__ Tile tile_of(const Tiles<T>& p) {
   t.rank = blockIdx.x & ((1 << p.shift) - 1);
   t.queries = kQueries >> p.shift;
   t.mine = t.rank * t.queries;
-  t.own_row = t.mine / p.row_queries;
-  t.own_rows = max(min((t.mine + t.queries - 1) / p.row_queries + 1, t.rows) - t.own_row, 0);
+  t.own_row = row_of(p, t.mine);
+  t.own_rows = max(min(row_of(p, t.mine + t.queries - 1) + 1, t.rows) - t.own_row, 0);
   t.warps = blockDim.x / 32, t.warp = threadIdx.x / 32, t.lane = threadIdx.x % 32;
   return t;
 }
@@ -89,8 +96,8 @@ __device__ Tile tile_of(const Tiles<T>& p) {
 // Query i of the tile: its row within the tile and its head; false where there is none.
 template <typename T>
 __device__ bool find_query(const Tiles<T>& p, const Tile& t, int i, int& row, int& head) {
-  row = i / p.row_queries;
-  const int member = t.query + i % p.row_queries;
+  row = row_of(p, i);
+  const int member = t.query + i - row * p.row_queries;
   head = t.key_head * p.group + member;
   return row < t.rows && member < p.group;
 }
@@ -110,15 +117,20 @@ __device__ __forceinline__ float* last_result(const Layout& at, int i, int which
   return reinterpret_cast<float*>(memory + at.results) + (i * 2 + which) * kResult<D>;
 }
 
-// Rows of one head, by thread `i` of `threads`.
+// Rows of one head, by thread `i` of `threads`, a multiple of 32.
 template <typename T, int D>
 __device__ __forceinline__ void load_rows(const T* from, int64_t stride, int rows, uint32_t to, int i,
                                           int threads) {
   constexpr int kUnits = D / 8;
-#pragma unroll 4
-  for (; i < rows * kUnits; i += threads) {
-    const int row = i / kUnits, unit = i % kUnits;
-    copy_unit(to + row * kRowBytes<D> + unit * 16, from + row * stride + unit * 8, true);
+  int row = i / kUnits;
+  from += row * stride + i % kUnits * 8;
+  to += row * kRowBytes<D> + i % kUnits * 16;
+  const int step = threads / kUnits;
+#pragma unroll 1
+  for (; row < rows; row += step) {
+    copy_unit(to, from, true);
+    from += step * stride;
+    to += step * kRowBytes<D>;
   }
 }
 template <typename T, int D>
@@ -232,9 +244,10 @@ template <typename T>
 __device__ LastChunk next_last(const Tiles<T>& p, const Tile& t, uint64_t ancestors, int item) {
   const int busy = min((t.full - t.rank + (1 << p.shift) - 1) >> p.shift, t.warps);
   while (++item < 2 * t.own_rows) {
-    const int place = (busy + item) % t.warps;
-    if (((busy + item) / t.warps % 2 ? t.warps - 1 - place : place) != t.warp) continue;
-    LastChunk chunk{.item = item, .row = item % t.own_rows, .which = item / t.own_rows};
+    const int turn = busy + item, place = turn & (t.warps - 1);
+    if ((turn & t.warps ? t.warps - 1 - place : place) != t.warp) continue;
+    LastChunk chunk{.item = item, .row = item, .which = 0};
+    if (item >= t.own_rows) chunk.row -= t.own_rows, chunk.which = 1;
     const uint64_t mask = __shfl_sync(0xffffffffu, ancestors, chunk.row);
     const int places = t.length + __popcll(mask);
     chunk.visible = min(places - (t.full + chunk.which) * kChunk, kChunk);
@@ -246,119 +259,137 @@ __device__ LastChunk next_last(const Tiles<T>& p, const Tile& t, uint64_t ancest
 }
 
 template <typename T, int D>
-__device__ void take_last(const Tiles<T>& p, const Tile& t, const LastChunk& chunk) {
-  uint32_t keys[kSteps], values[kSteps];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    keys[step] = lane_part(shared_address(memory + p.at.pool) + chunk.rows[step] * kRowBytes<D>);
-    values[step] = keys[step] + p.at.apart;
-  }
-  const uint32_t queries = lane_part(shared_address(memory) + t.lane % 16 * kRowBytes<D>);
-  const Weights w = weigh<T, D>(queries, keys, p.step.scale, chunk.visible);
-  const Partial<D> x = weighted_sum<T, D>(w, values, chunk.visible);
+__device__ __forceinline__ void store_last(const Tiles<T>& p, const Tile& t, const LastChunk& chunk,
+                                           const Partial<D>& x) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = t.lane / 4 + 8 * half, i = query - t.mine;
-    if (query / p.row_queries == t.own_row + chunk.row && i >= 0 && i < t.queries)
+    if (row_of(p, query) == t.own_row + chunk.row && i >= 0 && i < t.queries)
       store_result<D>(x, half, last_result<D>(p.at, i, chunk.which));
   }
 }
 
-// The class's full chunks, of which the first is in this warp's stage or on its way there; the result takes
-// their place.
+// This warp's last chunks, in the first round, then its class's full chunks, of which the first is in the
+// warp's stage or on its way there; the class's result takes their place. One loop for both: short code is
+// fetched sooner.
 template <typename T, int D>
-__device__ void take_class(const Tiles<T>& p, const Tile& t, int first) {
-  if (first >= t.full) return;
+__device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, uint64_t ancestors, int first,
+                                            bool first_round) {
   char* stage = stage_of<D>(p.at, t.warp);
-  uint32_t keys[kSteps], values[kSteps];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    keys[step] = lane_part(shared_address(stage) + (step * 16 + t.lane % 16) * kRowBytes<D>);
-    values[step] = keys[step] + kChunk * kRowBytes<D>;
-  }
   const uint32_t queries = lane_part(shared_address(memory) + t.lane % 16 * kRowBytes<D>);
+  LastChunk last{.item = -1};
   Partial<D> state;
-  for (int chunk = first; chunk < t.full; chunk += kClasses) {
-    wait_for_copies<1>();
+  bool lasts = first_round, waiting = first_round;
+#pragma unroll 1
+  for (int chunk = first;;) {
+    if (lasts) {
+      last = next_last(p, t, ancestors, last.item);
+      lasts = last.visible > 0;
+    }
+    if (waiting) {
+      wait_for_copies<0>();
+      __syncthreads();
+      append_rows<T, D>(p, t);
+      waiting = false;
+    }
+    if (!lasts && chunk >= t.full) break;
+    uint32_t keys[kSteps], values[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int row = lasts ? last.rows[step] : step * 16 + t.lane % 16;
+      keys[step] = lane_part(shared_address(lasts ? memory + p.at.pool : stage) + row * kRowBytes<D>);
+      values[step] = keys[step] + (lasts ? p.at.apart : kChunk * kRowBytes<D>);
+    }
+    const int visible = lasts ? last.visible : kChunk;
+    if (!lasts) wait_for_copies<1>();
     __syncwarp();
-    const Weights w = weigh<T, D>(queries, keys, p.step.scale, kChunk);
+    const Weights w = weigh<T, D>(queries, keys, p.step.scale, visible);
     __syncwarp();
-    load_keys<T, D>(p, t, chunk + kClasses);
-    wait_for_copies<1>();
+    if (!lasts) {
+      load_keys<T, D>(p, t, chunk + kClasses);
+      wait_for_copies<1>();
+    }
     __syncwarp();
-    const Partial<D> x = weighted_sum<T, D>(w, values, kChunk);
+    const Partial<D> x = weighted_sum<T, D>(w, values, visible);
     __syncwarp();
+    if (lasts) {
+      store_last<T, D>(p, t, last, x);
+      continue;
+    }
     load_values<T, D>(p, t, chunk + kClasses);
     if (chunk == first)
       state = x;
     else
       take(state, x);
+    chunk += kClasses;
   }
+  if (first >= t.full) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     store_result<D>(state, half, reinterpret_cast<float*>(stage) + (t.lane / 4 + 8 * half) * kResult<D>);
 }
 
-// Takes the classes [low, high) of a query into its total; those below `filled` have full chunks, with
-// results in the stages of this round. The last chunks are found among the results of the block's query i.
-template <int D>
-__device__ void take_classes(const Layout& at, const Tile& t, int shift, int low, int high, int filled, int i,
-                             int column, int chunks, Columns& total) {
-  for (int first = low; first < high; first += kAhead) {
-    Columns x[kAhead];
+// A query's way to its result: the block's query i, two columns from `column` on, `chunks` in its list.
+struct Sum {
+  int i, column, chunks;
+  Columns total;
+};
+
+// Takes the classes [low, end), which have full chunks, out of the stages of this round, kBatch at a time. A
+// last chunk may follow in the same class, and then kBatch is 1.
+template <int D, int kBatch>
+__device__ __forceinline__ void take_classes(const Layout& at, const Tile& t, int shift, int low, int end,
+                                             Sum& sum) {
+#pragma unroll 1
+  for (int first = low; first < end; first += kBatch) {
+    Columns x[kBatch];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < kBatch; ++j) {
       const int c = first + j, warp = (c - low) >> shift, rank = c & ((1 << shift) - 1);
-      if (c < filled)
-        x[j] = load_result<D>(cluster_shared(reinterpret_cast<const float*>(stage_of<D>(at, warp)), rank) +
-                                  (t.mine + i) * kResult<D>,
-                              column);
+      const auto* stage = reinterpret_cast<const float*>(stage_of<D>(at, warp));
+      if (c < end)
+        x[j] = load_result<D>(cluster_shared(stage, rank) + (t.mine + sum.i) * kResult<D>, sum.column);
     }
+    if constexpr (kBatch == 1)
+      for (int which = 0; which < 2; ++which)
+        if (t.full + which < sum.chunks && t.full + which > first && (t.full + which) % kClasses == first)
+          x[0].take(load_result<D>(last_result<D>(at, sum.i, which), sum.column));
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int c = first + j;
-      if (c >= high) break;
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const int chunk = t.full + which;
-        if (chunk >= chunks || chunk % kClasses != c) continue;
-        const Columns last = load_result<D>(last_result<D>(at, i, which), column);
-        if (chunk == c)
-          x[j] = last;
-        else
-          x[j].take(last);
-      }
-      total.take(x[j]);
-    }
+    for (int j = 0; j < kBatch; ++j)
+      if (first + j < end) sum.total.take(x[j]);
   }
 }
 
-// What the round that begins with class `low` adds to the results of this block's queries; behind the last
-// round they are complete.
+// What the round of the classes [low, end) adds to the results of this block's queries; behind the last round
+// they are complete.
 template <typename T, int D>
 __device__ void finish_round(const Tiles<T>& p, const Tile& t, int low, int end, bool last) {
   for (int u = threadIdx.x; u < t.queries * D / 2; u += blockDim.x) {
-    const int i = u / (D / 2), column = u % (D / 2) * 2;
+    Sum sum{.i = u / (D / 2), .column = u % (D / 2) * 2};
     int row, head;
-    if (!find_query(p, t, t.mine + i, row, head)) continue;
-    const int chunks = (list_places(p.at)[row - t.own_row] + kChunk - 1) / kChunk;
+    if (!find_query(p, t, t.mine + sum.i, row, head)) continue;
+    sum.chunks = (list_places(p.at)[row - t.own_row] + kChunk - 1) / kChunk;
     auto* kept = reinterpret_cast<float4*>(memory + p.at.totals) + u;
-    Columns total;
-    if (low > 0) total = {kept->x, kept->y, {kept->z, kept->w}};
-    take_classes<D>(p.at, t, p.shift, low, min(last ? kClasses : end, chunks), min(end, t.full), i, column,
-                    chunks, total);
-    if (last) {
-      const float factor = __frcp_rn(total.sum);
-      *reinterpret_cast<uint32_t*>(p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + column) =
-          pack<T>(__fmul_rn(total.out.x, factor), __fmul_rn(total.out.y, factor));
-    } else {
-      *kept = {total.maximum, total.sum, total.out.x, total.out.y};
+    if (low > 0) sum.total = {kept->x, kept->y, {kept->z, kept->w}};
+    if (sum.chunks <= kClasses)
+      take_classes<D, kAhead>(p.at, t, p.shift, low, min(end, t.full), sum);
+    else
+      take_classes<D, 1>(p.at, t, p.shift, low, min(end, min(t.full, kClasses)), sum);
+    if (!last) {
+      *kept = {sum.total.maximum, sum.total.sum, sum.total.out.x, sum.total.out.y};
+      continue;
     }
+    for (int chunk = t.full; chunk < min(sum.chunks, kClasses); ++chunk)
+      sum.total.take(load_result<D>(last_result<D>(p.at, sum.i, chunk - t.full), sum.column));
+    const float factor = __frcp_rn(sum.total.sum);
+    T* to = p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + sum.column;
+    *reinterpret_cast<uint32_t*>(to) =
+        pack<T>(__fmul_rn(sum.total.out.x, factor), __fmul_rn(sum.total.out.y, factor));
   }
 }
 
 template <typename T, int D>
-__device__ void take_rounds(const Tiles<T>& p, const Tile& t) {
+__device__ void take_rounds(const Tiles<T>& p, const Tile& t, uint64_t ancestors) {
   const auto sync = [&] {
     if (p.shift > 0)
       cluster_sync_shared();
@@ -369,7 +400,7 @@ __device__ void take_rounds(const Tiles<T>& p, const Tile& t) {
   int mine = (t.warp << p.shift) + t.rank;
   for (int low = 0;; low += classes, mine += classes) {
     const int end = low + classes;
-    take_class<T, D>(p, t, mine);
+    take_chunks<T, D>(p, t, ancestors, mine, low == 0);
     sync();
     finish_round<T, D>(p, t, low, end, end >= filled);
     // Before results are overwritten, and before a block leaves while others read them.
@@ -393,13 +424,8 @@ __global__ void __launch_bounds__(kMostWarps * 32) softmax_decode_kernel(const T
   load_stored_pool<T, D>(p, t);
   wait_for_previous();
   load_new<T, D>(p, t);
-  LastChunk chunk = next_last(p, t, ancestors, -1);
   if (t.warp == 0 && t.lane < t.own_rows) list_places(p.at)[t.lane] = t.length + __popcll(ancestors);
-  wait_for_copies<0>();
-  __syncthreads();
-  append_rows<T, D>(p, t);
-  for (; chunk.visible > 0; chunk = next_last(p, t, ancestors, chunk.item)) take_last<T, D>(p, t, chunk);
-  take_rounds<T, D>(p, t);
+  take_rounds<T, D>(p, t, ancestors);
 }
 
 // Tiles of a step, `rows` rows being the most that one sequence can have among them.
@@ -469,6 +495,7 @@ void run(const Context& ctx, const DecodeCall& call, const Grid& g) {
                    .rows = g.rows,
                    .parts = g.parts,
                    .row_queries = g.row_queries,
+                   .row_factor = (65536 + g.row_queries - 1) / g.row_queries,
                    .shift = g.shift,
                    .at = g.at};
   if (p.step.width == 32) return launch_tiles<T, 32>(ctx, p, g);

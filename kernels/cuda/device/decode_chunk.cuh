@@ -1,12 +1,13 @@
 #pragma once
 // What one warp computes of one chunk: the scores of 16 queries, their probabilities, the weighted sum of
-// values. There is no other code for it, so the bits are those of the list of places alone: whether the places
-// are stored or new, whether one of the queries counts or all do, and whoever computes the chunk.
+// values. There is no other code for it, so the bits are those of the list of places alone: whether the
+// places are stored or new, whether one of the queries counts or all do, and whoever computes the chunk.
 //
 // The order of a chunk's sums. A score: columns in steps of 16, ascending, one mma after another. The maximum
 // has no order. The sum of probabilities, in fp32: lane t of four has places 8 n + 2 t + {0, 1}, pairs first,
 // n ascending; then lanes (0 + 1) + (2 + 3). The weighted sum: probabilities in 16 bits, places in steps of
-// 16, ascending. Steps behind the last visible place are left out, which depends on their number alone.
+// 16, ascending. Pairs of steps behind the last visible place are left out, which depends on their number
+// alone.
 //
 // The order of chunks. Chunk c belongs to class c % kClasses. The chunks of a class are taken in ascending
 // order, then the classes. So classes can be shared out, and up to kClasses chunks are taken in their order.
@@ -16,6 +17,7 @@
 namespace kernels::cuda {
 
 inline constexpr int kQueries = 16, kClasses = 32, kSteps = kChunk / 16;
+inline constexpr int kTogether = 2;  // steps that are left out together
 
 // Keys, values and queries in shared memory: rows are an odd number of 16 bytes apart, so that eight rows of
 // a matrix lie in different banks.
@@ -47,13 +49,16 @@ __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys
                                          int visible) {
   const int lane = threadIdx.x % 32;
   float s[2 * kSteps][4] = {};
+  uint32_t q[D / 16][4];
 #pragma unroll
-  for (int column = 0; column < D / 16; ++column) {
-    uint32_t a[4], b[4];
-    load_matrices(queries + column * 32, a);
+  for (int column = 0; column < D / 16; ++column) load_matrices(queries + column * 32, q[column]);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step * 16 >= visible) break;
+  for (int step = 0; step < kSteps; ++step) {
+    if (step % kTogether == 0 && step * 16 >= visible) break;
+#pragma unroll
+    for (int column = 0; column < D / 16; ++column) {
+      const uint32_t(&a)[4] = q[column];
+      uint32_t b[4];
       load_matrices(keys[step] + column * 32, b);
       multiply_add<T>(s[2 * step], a[0], a[1], a[2], a[3], b[0], b[2]);
       multiply_add<T>(s[2 * step + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
@@ -62,27 +67,34 @@ __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys
   Weights w;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = -INFINITY, sum = 0;
+    float top = -INFINITY;
 #pragma unroll
     for (int n = 0; n < 2 * kSteps; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[n][2 * half + i];
-        x = n * 8 + lane % 4 * 2 + i < visible ? __fmul_rn(x, scale) : -INFINITY;
+        if (n * 8 + lane % 4 * 2 + i >= visible) x = -INFINITY;
         top = fmaxf(top, x);
       }
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    w.maximum[half] = __fmul_rn(top, scale), w.sum[half] = 0;
+  }
 #pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n) {
-      if (n / 2 * 16 >= visible) break;
-      const float a = exp2f(s[n][2 * half] - top), b = exp2f(s[n][2 * half + 1] - top);
+  for (int n = 0; n < 2 * kSteps; ++n) {
+    if (n % (2 * kTogether) == 0 && n * 8 >= visible) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float a = binary_exp(fmaf(s[n][2 * half], scale, -w.maximum[half])),
+                  b = binary_exp(fmaf(s[n][2 * half + 1], scale, -w.maximum[half]));
       w.p[n / 2][n % 2 * 2 + half] = pack<T>(a, b);
-      sum += a + b;
+      w.sum[half] += a + b;
     }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    w.maximum[half] = top, w.sum[half] = sum;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    w.sum[half] += __shfl_xor_sync(0xffffffffu, w.sum[half], 1);
+    w.sum[half] += __shfl_xor_sync(0xffffffffu, w.sum[half], 2);
   }
   return w;
 }
@@ -98,7 +110,7 @@ __device__ __forceinline__ Partial<D> weighted_sum(const Weights& w, const uint3
   for (int n = 0; n < D / 8; ++n) x.out[n][0] = x.out[n][1] = x.out[n][2] = x.out[n][3] = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    if (step * 16 >= visible) break;
+    if (step % kTogether == 0 && step * 16 >= visible) break;
     const uint32_t(&p)[4] = w.p[step];
 #pragma unroll
     for (int column = 0; column < D / 16; ++column) {
