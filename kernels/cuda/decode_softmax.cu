@@ -111,6 +111,8 @@ template <int D>
 __device__ __forceinline__ char* stage_of(const Layout& at, int warp) {
   return memory + at.stages + warp * 2 * kChunk * kRowBytes<D>;
 }
+template <int D>
+inline constexpr int kStageFloats = 2 * kChunk* kRowBytes<D> / 4;
 // The result of the block's query i for the first or second of the last chunks.
 template <int D>
 __device__ __forceinline__ float* last_result(const Layout& at, int i, int which) {
@@ -173,40 +175,50 @@ __device__ void load_stored_pool(const Tiles<T>& p, const Tile& t) {
               false);
 }
 template <typename T, int D>
-__device__ void load_new(const Tiles<T>& p, const Tile& t) {
-  const int threads = blockDim.x;
-  for (int i = threadIdx.x; i < kQueries * D / 8; i += threads) {
+struct NewRows {
+  const T *q, *k, *v;
+  uint32_t q_to, to;
+  bool inside;
+  int rows, threads;
+
+  __device__ NewRows(const Tiles<T>& p, const Tile& t) : threads(blockDim.x) {
+    find(p, t, threadIdx.x);
+    const int column = t.key_head * D;
+    k = p.step.k + t.first * p.step.k_stride + column;
+    v = p.step.v + t.first * p.step.v_stride + column;
+    to = shared_address(memory + p.at.pool) + kChunk * kRowBytes<D>;
+    rows = t.own_rows > 0 ? t.row + t.own_row + t.own_rows : 0;
+  }
+  __device__ __forceinline__ void find(const Tiles<T>& p, const Tile& t, int i) {
     const int query = i / (D / 8), unit = i % (D / 8);
     int row, head;
-    const bool inside = find_query(p, t, query, row, head);
-    const T* from = p.step.q + (inside ? (t.first + t.row + row) * p.step.q_stride + head * D : 0) + unit * 8;
-    copy_unit(shared_address(memory) + query * kRowBytes<D> + unit * 16, from, inside);
+    inside = find_query(p, t, query, row, head);
+    q = p.step.q + (inside ? (t.first + t.row + row) * p.step.q_stride + head * D : 0) + unit * 8;
+    q_to = shared_address(memory) + query * kRowBytes<D> + unit * 16;
   }
-  if (t.own_rows > 0) {
-    const uint32_t to = shared_address(memory + p.at.pool) + kChunk * kRowBytes<D>;
-    const int rows = t.row + t.own_row + t.own_rows, column = t.key_head * D;
-    load_rows<T, D>(p.step.k + t.first * p.step.k_stride + column, p.step.k_stride, rows, to, threadIdx.x,
-                    threads);
-    load_rows<T, D>(p.step.v + t.first * p.step.v_stride + column, p.step.v_stride, rows, to + p.at.apart,
-                    threadIdx.x, threads);
+  __device__ void load(const Tiles<T>& p, const Tile& t) {
+    load_rows<T, D>(k, p.step.k_stride, rows, to, threadIdx.x, threads);
+    load_rows<T, D>(v, p.step.v_stride, rows, to + p.at.apart, threadIdx.x, threads);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kQueries * D / 8;) {
+      copy_unit(q_to, q, inside);
+      i += threads;
+      if (i < kQueries * D / 8) find(p, t, i);
+    }
+    end_copies();
   }
-  end_copies();
-}
+};
 
 // The new rows of which this block has the first query go into their slots.
 template <typename T, int D>
 __device__ void append_rows(const Tiles<T>& p, const Tile& t) {
   constexpr int kUnits = D / 8;
   if (t.query != 0) return;
+#pragma unroll 1
   for (int i = threadIdx.x; i < t.own_rows * kUnits; i += blockDim.x) {
-    const int row = t.own_row + i / kUnits, unit = i % kUnits, slot = t.length + t.row + row;
-    if (row * p.row_queries < t.mine || slot >= p.step.capacity) continue;
-    const char* from = memory + p.at.pool + (kChunk + t.row + row) * kRowBytes<D> + unit * 16;
-    const int64_t to = (int64_t{slot} * p.step.key_heads + t.key_head) * D + unit * 8;
-    *reinterpret_cast<uint4*>(p.step.cache_k + t.sequence * p.step.cache_k_stride + to) =
-        *reinterpret_cast<const uint4*>(from);
-    *reinterpret_cast<uint4*>(p.step.cache_v + t.sequence * p.step.cache_v_stride + to) =
-        *reinterpret_cast<const uint4*>(from + p.at.apart);
+    const int row = t.own_row + i / kUnits;
+    if (row * p.row_queries >= t.mine)
+      p.step.template append<8>(t.sequence, t.key_head, t.length, t.first, t.row + row, i % kUnits * 8);
   }
 }
 
@@ -214,6 +226,7 @@ __device__ void append_rows(const Tiles<T>& p, const Tile& t) {
 struct LastChunk {
   int item, row, which;
   int visible;       // places of the chunk; 0: there is no such chunk
+  int halves;        // of the tile's queries, as weigh() has them
   int rows[kSteps];  // of the pool: this lane's place of each step
 };
 
@@ -252,6 +265,8 @@ __device__ LastChunk next_last(const Tiles<T>& p, const Tile& t, uint64_t ancest
     const int places = t.length + __popcll(mask);
     chunk.visible = min(places - (t.full + chunk.which) * kChunk, kChunk);
     if (chunk.visible <= 0) continue;
+    const int query = (t.own_row + chunk.row) * p.row_queries;
+    chunk.halves = (query < 8 ? 1 : 0) | (query + p.row_queries > 8 ? 2 : 0);
     find_places(p.at, t, mask, chunk);
     return chunk;
   }
@@ -289,7 +304,6 @@ __device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, ui
     if (waiting) {
       wait_for_copies<0>();
       __syncthreads();
-      append_rows<T, D>(p, t);
       waiting = false;
     }
     if (!lasts && chunk >= t.full) break;
@@ -303,7 +317,7 @@ __device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, ui
     const int visible = lasts ? last.visible : kChunk;
     if (!lasts) wait_for_copies<1>();
     __syncwarp();
-    const Weights w = weigh<T, D>(queries, keys, p.step.scale, visible);
+    const Weights w = weigh<T, D>(queries, keys, p.step.scale, visible, lasts ? last.halves : 3);
     __syncwarp();
     if (!lasts) {
       load_keys<T, D>(p, t, chunk + kClasses);
@@ -329,67 +343,85 @@ __device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, ui
     store_result<D>(state, half, reinterpret_cast<float*>(stage) + (t.lane / 4 + 8 * half) * kResult<D>);
 }
 
-// A query's way to its result: the block's query i, two columns from `column` on, `chunks` in its list.
-struct Sum {
-  int i, column, chunks;
-  Columns total;
+// One thread's share of putting results together: two columns of the block's query i.
+template <typename T, int D>
+struct Finish {
+  int i, column, row, head;
+  bool inside;
+  const float* from[kAhead];  // the query in the first stages of a round: of the blocks' first warps, then on
+
+  __device__ Finish(const Tiles<T>& p, const Tile& t, int unit) { find(p, t, unit); }
+  __device__ __forceinline__ void find(const Tiles<T>& p, const Tile& t, int unit) {
+    i = unit / (D / 2), column = unit % (D / 2) * 2;
+    inside = i < t.queries && find_query(p, t, t.mine + i, row, head);
+    const auto* mine = reinterpret_cast<const float*>(memory + p.at.stages) + (t.mine + i) * kResult<D>;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int c = min(j, (t.warps << p.shift) - 1);
+      from[j] = cluster_shared(mine, c & ((1 << p.shift) - 1)) + (c >> p.shift) * kStageFloats<D>;
+    }
+  }
+
+  // Takes the classes [low, end), which have full chunks, out of this round's stages. Behind the loads there
+  // are no branches, so that one weight need not wait for another.
+  __device__ __forceinline__ void take_classes(const Tiles<T>& p, int low, int end, Columns& total) const {
+#pragma unroll 1
+    for (int first = low; first < end; first += kAhead) {
+      const int warps = (first - low) >> p.shift;
+      Columns x[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) x[j] = load_result<D>(from[j] + warps * kStageFloats<D>, column);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) x[j].keep();
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        Columns next = total;
+        next.take(x[j]);
+        if (first + j < end) total = next;
+      }
+    }
+  }
+  // The same for a row with more chunks than classes: last chunks may follow in a class.
+  __device__ __forceinline__ void take_long_classes(const Tiles<T>& p, const Tile& t, int chunks, int low,
+                                                    int end, Columns& total) const {
+    const auto* mine = reinterpret_cast<const float*>(memory + p.at.stages) + (t.mine + i) * kResult<D>;
+#pragma unroll 1
+    for (int c = low; c < end; ++c) {
+      const int rank = c & ((1 << p.shift) - 1), warp = (c - low) >> p.shift;
+      Columns x = load_result<D>(cluster_shared(mine, rank) + warp * kStageFloats<D>, column);
+      for (int chunk = t.full; chunk < chunks; ++chunk)
+        if (chunk % kClasses == c) x.take(load_result<D>(last_result<D>(p.at, i, chunk - t.full), column));
+      total.take(x);
+    }
+  }
+  // What a round adds; behind the last round the result is complete.
+  __device__ __forceinline__ void take_round(const Tiles<T>& p, const Tile& t, int unit, int low, int end,
+                                             bool last) const {
+    const int chunks = (list_places(p.at)[row - t.own_row] + kChunk - 1) / kChunk;
+    auto* kept = reinterpret_cast<float4*>(memory + p.at.totals) + unit;
+    Columns total;
+    if (low > 0) total = {kept->x, kept->y, {kept->z, kept->w}};
+    if (chunks <= kClasses)
+      take_classes(p, low, min(end, t.full), total);
+    else
+      take_long_classes(p, t, chunks, low, min(end, min(t.full, kClasses)), total);
+    if (!last) {
+      *kept = {total.maximum, total.sum, total.out.x, total.out.y};
+      return;
+    }
+#pragma unroll 1
+    for (int chunk = t.full; chunk < min(chunks, kClasses); ++chunk)
+      total.take(load_result<D>(last_result<D>(p.at, i, chunk - t.full), column));
+    const float factor = __frcp_rn(total.sum);
+    T* to = p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + column;
+    *reinterpret_cast<uint32_t*>(to) =
+        pack<T>(__fmul_rn(total.out.x, factor), __fmul_rn(total.out.y, factor));
+  }
 };
 
-// Takes the classes [low, end), which have full chunks, out of the stages of this round, kBatch at a time. A
-// last chunk may follow in the same class, and then kBatch is 1.
-template <int D, int kBatch>
-__device__ __forceinline__ void take_classes(const Layout& at, const Tile& t, int shift, int low, int end,
-                                             Sum& sum) {
-#pragma unroll 1
-  for (int first = low; first < end; first += kBatch) {
-    Columns x[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int c = first + j, warp = (c - low) >> shift, rank = c & ((1 << shift) - 1);
-      const auto* stage = reinterpret_cast<const float*>(stage_of<D>(at, warp));
-      if (c < end)
-        x[j] = load_result<D>(cluster_shared(stage, rank) + (t.mine + sum.i) * kResult<D>, sum.column);
-    }
-    if constexpr (kBatch == 1)
-      for (int which = 0; which < 2; ++which)
-        if (t.full + which < sum.chunks && t.full + which > first && (t.full + which) % kClasses == first)
-          x[0].take(load_result<D>(last_result<D>(at, sum.i, which), sum.column));
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      if (first + j < end) sum.total.take(x[j]);
-  }
-}
-
-// What the round of the classes [low, end) adds to the results of this block's queries; behind the last round
-// they are complete.
 template <typename T, int D>
-__device__ void finish_round(const Tiles<T>& p, const Tile& t, int low, int end, bool last) {
-  for (int u = threadIdx.x; u < t.queries * D / 2; u += blockDim.x) {
-    Sum sum{.i = u / (D / 2), .column = u % (D / 2) * 2};
-    int row, head;
-    if (!find_query(p, t, t.mine + sum.i, row, head)) continue;
-    sum.chunks = (list_places(p.at)[row - t.own_row] + kChunk - 1) / kChunk;
-    auto* kept = reinterpret_cast<float4*>(memory + p.at.totals) + u;
-    if (low > 0) sum.total = {kept->x, kept->y, {kept->z, kept->w}};
-    if (sum.chunks <= kClasses)
-      take_classes<D, kAhead>(p.at, t, p.shift, low, min(end, t.full), sum);
-    else
-      take_classes<D, 1>(p.at, t, p.shift, low, min(end, min(t.full, kClasses)), sum);
-    if (!last) {
-      *kept = {sum.total.maximum, sum.total.sum, sum.total.out.x, sum.total.out.y};
-      continue;
-    }
-    for (int chunk = t.full; chunk < min(sum.chunks, kClasses); ++chunk)
-      sum.total.take(load_result<D>(last_result<D>(p.at, sum.i, chunk - t.full), sum.column));
-    const float factor = __frcp_rn(sum.total.sum);
-    T* to = p.step.o + (t.first + t.row + row) * p.step.o_stride + head * D + sum.column;
-    *reinterpret_cast<uint32_t*>(to) =
-        pack<T>(__fmul_rn(sum.total.out.x, factor), __fmul_rn(sum.total.out.y, factor));
-  }
-}
-
-template <typename T, int D>
-__device__ void take_rounds(const Tiles<T>& p, const Tile& t, uint64_t ancestors) {
+__device__ __forceinline__ void take_rounds(const Tiles<T>& p, const Tile& t, uint64_t ancestors,
+                                            Finish<T, D>& finish) {
   const auto sync = [&] {
     if (p.shift > 0)
       cluster_sync_shared();
@@ -402,7 +434,11 @@ __device__ void take_rounds(const Tiles<T>& p, const Tile& t, uint64_t ancestors
     const int end = low + classes;
     take_chunks<T, D>(p, t, ancestors, mine, low == 0);
     sync();
-    finish_round<T, D>(p, t, low, end, end >= filled);
+#pragma unroll 1
+    for (int unit = threadIdx.x; unit < t.queries * D / 2; unit += blockDim.x) {
+      if (t.queries * D / 2 > static_cast<int>(blockDim.x)) finish.find(p, t, unit);
+      if (finish.inside) finish.take_round(p, t, unit, low, end, end >= filled);
+    }
     // Before results are overwritten, and before a block leaves while others read them.
     sync();
     if (end >= filled) return;
@@ -422,10 +458,13 @@ __global__ void __launch_bounds__(kMostWarps * 32) softmax_decode_kernel(const T
   load_keys<T, D>(p, t, (t.warp << p.shift) + t.rank);
   load_values<T, D>(p, t, (t.warp << p.shift) + t.rank);
   load_stored_pool<T, D>(p, t);
+  NewRows<T, D> fresh(p, t);
+  Finish<T, D> finish(p, t, threadIdx.x);
   wait_for_previous();
-  load_new<T, D>(p, t);
+  fresh.load(p, t);
+  append_rows<T, D>(p, t);
   if (t.warp == 0 && t.lane < t.own_rows) list_places(p.at)[t.lane] = t.length + __popcll(ancestors);
-  take_rounds<T, D>(p, t, ancestors);
+  take_rounds<T, D>(p, t, ancestors, finish);
 }
 
 // Tiles of a step, `rows` rows being the most that one sequence can have among them.

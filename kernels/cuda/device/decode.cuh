@@ -36,6 +36,8 @@ __device__ __forceinline__ float binary_exp(float x) {
   return y;
 }
 
+__device__ __forceinline__ void keep_here(float& x) { asm volatile("" : "+f"(x)); }
+
 // What scales the old state and the chunk when a chunk is taken into (maximum, sum); logarithms are binary.
 struct ChunkWeights {
   float state, chunk;

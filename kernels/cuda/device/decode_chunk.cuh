@@ -44,9 +44,10 @@ struct Weights {
 __device__ __forceinline__ uint32_t lane_part(uint32_t row) { return row + threadIdx.x % 32 / 16 * 16; }
 
 // Scores are scaled for binary logarithms. keys: lane_part of the rows of this lane's place of each step.
+// halves: 1 where the first eight queries count, 2 where the others do; those that do not get no result.
 template <typename T, int D>
 __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys)[kSteps], float scale,
-                                         int visible) {
+                                         int visible, int halves) {
   const int lane = threadIdx.x % 32;
   float s[2 * kSteps][4] = {};
   uint32_t q[D / 16][4];
@@ -67,34 +68,35 @@ __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys
   Weights w;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = -INFINITY;
+    w.maximum[half] = w.sum[half] = 0;
 #pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n)
+    for (int n = 0; n < 2 * kSteps; ++n) w.p[n / 2][n % 2 * 2 + half] = 0;
+    if (!(halves >> half & 1)) continue;
+    float top = -INFINITY, sum = 0;
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; ++n) {
+      if (n % (2 * kTogether) == 0 && n * 8 >= visible) break;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[n][2 * half + i];
         if (n * 8 + lane % 4 * 2 + i >= visible) x = -INFINITY;
         top = fmaxf(top, x);
       }
+    }
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    w.maximum[half] = __fmul_rn(top, scale), w.sum[half] = 0;
-  }
+    top = __fmul_rn(top, scale);
 #pragma unroll
-  for (int n = 0; n < 2 * kSteps; ++n) {
-    if (n % (2 * kTogether) == 0 && n * 8 >= visible) break;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float a = binary_exp(fmaf(s[n][2 * half], scale, -w.maximum[half])),
-                  b = binary_exp(fmaf(s[n][2 * half + 1], scale, -w.maximum[half]));
+    for (int n = 0; n < 2 * kSteps; ++n) {
+      if (n % (2 * kTogether) == 0 && n * 8 >= visible) break;
+      const float a = binary_exp(fmaf(s[n][2 * half], scale, -top)),
+                  b = binary_exp(fmaf(s[n][2 * half + 1], scale, -top));
       w.p[n / 2][n % 2 * 2 + half] = pack<T>(a, b);
-      w.sum[half] += a + b;
+      sum += a + b;
     }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    w.sum[half] += __shfl_xor_sync(0xffffffffu, w.sum[half], 1);
-    w.sum[half] += __shfl_xor_sync(0xffffffffu, w.sum[half], 2);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    w.maximum[half] = top, w.sum[half] = sum;
   }
   return w;
 }
@@ -155,6 +157,10 @@ struct Columns {
   __device__ __forceinline__ void take(const Columns& x) {
     const ChunkWeights w = take_chunk(maximum, sum, x.maximum, x.sum);
     out.x = take_value(out.x, x.out.x, w), out.y = take_value(out.y, x.out.y, w);
+  }
+  // Loaded where this stands, not where it is used.
+  __device__ __forceinline__ void keep() {
+    keep_here(maximum), keep_here(sum), keep_here(out.x), keep_here(out.y);
   }
 };
 template <int D>
