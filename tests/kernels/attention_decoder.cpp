@@ -80,7 +80,7 @@ Decoder::Decoder(Kind kind, Sizes s, DType dtype, size_t sequences, kernels::Dev
 
 Decoder& Decoder::operator=(const Decoder& other) {
   kind_ = other.kind_, s_ = other.s_, dtype_ = other.dtype_, device_ = other.device_;
-  lengths_ = other.lengths_, working_memory = other.working_memory;
+  lengths_ = other.lengths_;
   for (auto [to, from] :
        {std::pair{&k_, &other.k_}, {&v_, &other.v_}, {&sum_, &other.sum_}, {&z_, &other.z_}}) {
     *to = TensorBuffer(from->tensor().dtype, from->tensor().shape, device_);
@@ -162,10 +162,7 @@ std::vector<std::vector<Row>> Decoder::run(const std::vector<Tree>& trees, const
     const auto decode = [&](const kernels::Context& context) {
       kernels::softmax_attention_decode(context, q, k, v, rows, k_, v_, o);
     };
-    if (working_memory)
-      support::run_rehearsed(device_, {}, decode);
-    else
-      decode(ctx());
+    support::run_rehearsed(device_, {}, decode);
   } else {
     kernels::LinearAttentionState state{sum_, z_, k_, v_};
     kernels::linear_attention_decode(ctx(), {.normalise = kind_ == Kind::linear}, q, k, v, rows, state, o);
@@ -245,7 +242,6 @@ void expect_trees_equal_plain(const Maker& make, Sizes s, DType dtype, const std
       const int depth = std::min(before.room(0), nodes);
       const Tree tree = random_tree(random, depth == 1 ? 1 : nodes, depth, 1000);
       Decoder verify = before;
-      verify.working_memory = nodes != 31;
       const auto rows = verify.step({tree})[0];
       for (size_t i = 0; i < tree.size(); i += 1 + tree.size() / static_cast<size_t>(checked)) {
         Decoder alone = before;

@@ -58,8 +58,6 @@ class Decoder {
   int length(size_t b) const { return lengths_[b]; }
   // New tokens that may be computed at once: linear attention's state folds behind them.
   int room(size_t b) const;
-  // Softmax: whether steps are given scratch memory.
-  bool working_memory = true;
 
  private:
   kernels::Context ctx() const { return {.device = device_, .stream = {}}; }

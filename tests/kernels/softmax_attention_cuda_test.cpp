@@ -135,9 +135,24 @@ TEST_F(CudaSoftmaxDecode, PrefillInChainsEqualsOneByOneBitForBit) {
   for (const Sizes& s : kSizes) expect_chains_equal_plain(decoder, s, DType::f16, 200, 2);
 }
 
-// With working memory, which lets blocks share out the chunks of a sequence, and without.
 TEST_F(CudaSoftmaxDecode, TreeNodesEqualPlainDecodingBitForBit) {
   for (const Sizes& s : kSizes) expect_trees_equal_plain(decoder, s, DType::bf16, {0, 47, 64, 127}, 5, 10);
+}
+
+// More chunks than there are classes of them; and so many tiles that a block takes several classes, one after
+// the other, where a single row's are shared out.
+TEST_F(CudaSoftmaxDecode, LongListsAreTheDefinitionAndEqualOneByOneBitForBit) {
+  const auto longer = [](int64_t capacity) {
+    return [capacity](Sizes s, DType dtype, size_t sequences) {
+      return Decoder(Kind::softmax, s, dtype, sequences, kCuda, capacity);
+    };
+  };
+  const int count = 2120;
+  expect_definition(longer(2176), {1, 1, 32}, DType::f16, count,
+                    {.sums = static_cast<double>(4 * (count + 32)), .factors = 1});
+  expect_chains_equal_plain(longer(2176), {1, 1, 32}, DType::f16, count, 1);
+  for (const Sizes& s : {Sizes{34, 2, 32}, {17, 1, 128}})
+    expect_chains_equal_plain(longer(640), s, DType::bf16, 600, 1);
 }
 
 TEST_F(CudaSoftmaxDecode, SequencesDoNotTouchEachOther) {
