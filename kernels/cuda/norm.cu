@@ -122,14 +122,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const Forward f, c
 #pragma unroll 1
   for (int k = 1; k < plan.stages; ++k, ahead += step) rows.copy(stages, plan.vectors, ahead < f.rows);
   RowSums<S> sums(shared);
-  Vector<Y, N> gain[S::kVectors], bias[S::kVectors] = {};
-#pragma unroll
-  for (int k = 0; k < S::kVectors; ++k) {
-    const int i = k * lanes + lane;
-    if (i >= plan.vectors) continue;
-    gain[k] = load_vector<Y, N>(static_cast<const Y*>(f.gain) + column + i * N);
-    if (f.bias) bias[k] = load_vector<Y, N>(static_cast<const Y*>(f.bias) + column + i * N);
-  }
+  Vector<Y, N> gain[S::kVectors], bias[S::kVectors];
+  load_parameters<S>(f.gain, column, plan.vectors, gain);
+  load_parameters<S>(f.bias, column, plan.vectors, bias);
   RowWalk<S, N, Y> y_rows(static_cast<Y*>(f.y), f.y_stride, row, step, column);
   for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < f.rows; first += step) {
     rows.copy(stages, plan.vectors, ahead < f.rows);

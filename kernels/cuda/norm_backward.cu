@@ -41,26 +41,6 @@ struct BackwardRow {
   }
 };
 
-// The block's share: what its rows at a time have summed, one after the other.
-template <class S, int N>
-__device__ __forceinline__ void write_share(const float (&sums)[S::kVectors][N], float* share, int columns,
-                                            float* shared) {
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < S::kVectors; ++k) {
-    const int c = (k * blockDim.x + threadIdx.x) * N;
-    if (c >= columns) continue;
-#pragma unroll
-    for (int j = 0; j < N; ++j) shared[threadIdx.y * columns + c + j] = sums[k][j];
-  }
-  __syncthreads();
-  for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < columns; c += blockDim.x * blockDim.y) {
-    float sum = 0;
-    for (int row = 0; row < blockDim.y; ++row) sum += shared[row * columns + c];
-    share[c] = sum;
-  }
-}
-
 // Brings rows to the stages: x, then dx as it was where it is added to, then dy, and the statistics behind
 // them.
 template <class S, typename X, typename Y, typename DX>
@@ -118,7 +98,47 @@ struct BackwardSums {
     }
     return {sum, dot};
   }
+  // dx, added to `before`; means: the row's means of h (0 for rms) and of h xhat.
+  template <typename DX>
+  __device__ __forceinline__ Vector<DX, N> dx(int k, const Vector<DX, N>& before, float2 means,
+                                              float r) const {
+    Vector<DX, N> dx;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      dx.at[j] = from_float<DX>(fmaf(r, h[k][j] - means.x - xhat[k][j] * means.y, to_float(before.at[j])));
+    return dx;
+  }
 };
+
+// The block's share: what its rows at a time have summed, one after the other.
+template <class S, int N>
+__device__ __forceinline__ void write_share(const float (&sums)[S::kVectors][N], float* share, int columns,
+                                            float* shared) {
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int c = (k * blockDim.x + threadIdx.x) * N;
+    if (c >= columns) continue;
+#pragma unroll
+    for (int j = 0; j < N; ++j) shared[threadIdx.y * columns + c + j] = sums[k][j];
+  }
+  __syncthreads();
+  for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < columns; c += blockDim.x * blockDim.y) {
+    float sum = 0;
+    for (int row = 0; row < blockDim.y; ++row) sum += shared[row * columns + c];
+    share[c] = sum;
+  }
+}
+
+template <class S, int N>
+__device__ __forceinline__ void write_shares(const Backward& b, const BackwardSums<S, N>& mine,
+                                             int64_t column, unsigned char* stages) {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  const int64_t share = int64_t{blockIdx.x} * b.all_columns + column;
+  auto* shared = reinterpret_cast<float*>(stages);
+  if (b.dgain) write_share<S, N>(mine.dgain, b.dgain + share, b.columns, shared);
+  if (b.dbias) write_share<S, N>(mine.dbias, b.dbias + share, b.columns, shared);
+}
 
 __device__ __forceinline__ float2 statistics_of(const Backward& b, int64_t row) {
   if (row >= b.rows) return {};
@@ -133,8 +153,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward b, co
   using Rows = BackwardRows<S, X, Y, DX>;
   __shared__ __align__(16) float shared[S::kWholeWarps ? kRowSums : 4];
   extern __shared__ __align__(16) unsigned char memory[];
-  const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x), group = blockIdx.y;
-  const int64_t step = int64_t{gridDim.x} * blockDim.y, column = int64_t{group} * b.columns;
+  const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x);
+  const int64_t step = int64_t{gridDim.x} * blockDim.y, column = int64_t{blockIdx.y} * b.columns;
   int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, ahead = row;
   RowStages stages(memory, plan);
   Rows rows(b, row, step, column);
@@ -144,11 +164,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward b, co
   float2 next_statistics = statistics_of(b, row);
   RowSums<S> sums(shared);
   Vector<Y, N> gain[S::kVectors];
-#pragma unroll
-  for (int k = 0; k < S::kVectors; ++k) {
-    const int i = k * lanes + lane;
-    if (i < plan.vectors) gain[k] = load_vector<Y, N>(static_cast<const Y*>(b.gain) + column + i * N);
-  }
+  load_parameters<S>(b.gain, column, plan.vectors, gain);
   RowWalk<S, N, DX> dx_rows(static_cast<DX*>(b.dx), b.dx_stride, row, step, column);
   BackwardSums<S, N> mine;
   for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < b.rows; first += step) {
@@ -169,27 +185,18 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward b, co
       all.x += part.x, all.y += part.y;
     }
     all = sums(all.x, all.y);
-    const float slope = all.y * b.inverse, mean = b.layer ? all.x * b.inverse : 0.0f;
+    const float2 means{b.layer ? all.x * b.inverse : 0.0f, all.y * b.inverse};
 #pragma unroll
     for (int k = 0; k < S::kVectors; ++k) {
       const int i = k * lanes + lane;
       if (i >= vectors) continue;
-      Vector<DX, N> dx{};
-      if (b.accumulate) dx = staged_vector<N, DX>(stage + Rows::before(plan.vectors), i);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float v = mine.h[k][j] - mean - mine.xhat[k][j] * slope;
-        dx.at[j] = from_float<DX>(fmaf(statistics.y, v, to_float(dx.at[j])));
-      }
-      store_global(dx_rows.vector(k), dx);
+      Vector<DX, N> before{};
+      if (b.accumulate) before = staged_vector<N, DX>(stage + Rows::before(plan.vectors), i);
+      store_global(dx_rows.vector(k), mine.dx(k, before, means, statistics.y));
     }
     dx_rows.advance();
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  const int64_t share = int64_t{blockIdx.x} * b.all_columns + column;
-  auto* turns = reinterpret_cast<float*>(memory);
-  if (b.dgain) write_share<S, N>(mine.dgain, b.dgain + share, b.columns, turns);
-  if (b.dbias) write_share<S, N>(mine.dbias, b.dbias + share, b.columns, turns);
+  write_shares<S, N>(b, mine, column, memory);
 }
 
 // Any width and any alignment.

@@ -9,6 +9,7 @@
 #include "kernels/core/stream.h"
 #include "kernels/ops/cast.h"
 #include "kernels/ops/optimizer.h"
+#include "tests/support/rehearsed.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -226,6 +227,46 @@ TEST_F(CudaOptimizer, ShardsAgreeOnTheWholesNorm) {
     } else {
       EXPECT_EQ(model.now().gradient_norm, expected);
     }
+  }
+}
+
+// Long segments, whose inner parts are read many elements at a time, with short ones and gaps between them.
+TEST_F(CudaOptimizer, StatisticsOfLongSegmentsEqualTheCpus) {
+  constexpr int64_t kLong = 300007;
+  const std::vector<Segment> segments = {{.begin = 0, .count = 100000},
+                                         {.begin = 100000, .count = 40001, .trainable = false},
+                                         {.begin = 140001, .count = 7},
+                                         {.begin = 140011, .count = 159000}};
+  struct Fault {
+    int64_t at;
+    double value;
+  };
+  const std::vector<Fault> faults = {{120000, std::nan("")},
+                                     {290000, std::nan("")},
+                                     {150001, std::numeric_limits<double>::infinity()},
+                                     {150002, -std::numeric_limits<double>::infinity()},
+                                     {50000, std::numeric_limits<double>::infinity()},
+                                     {299500, std::nan("")}};
+  for (size_t count = 0; count <= faults.size(); ++count) {
+    OptimizerState states[2];
+    for (const Device device : {kGpu, Device{}}) {
+      TensorBuffer gradients(DType::f32, {kLong}, device), state(DType::u8, {sizeof(OptimizerState)}, device),
+          normaliser(DType::f32, {1}, device);
+      gradients.fill_normal(7, 1e20);  // squares beyond fp32
+      normaliser.set(0, 1e-20);
+      for (size_t i = 0; i < count; ++i) gradients.set(static_cast<size_t>(faults[i].at), faults[i].value);
+      const OptimizerState start{.loss_scale = 8.0f};
+      kernels::copy_bytes(state.tensor().data, device, &start, {}, sizeof(start));
+      kernels::OptimizerBuffers buffers{{}, {}, gradients, {}, {}, state};
+      support::run_rehearsed(
+          device, device.is_cuda() ? stream_->get() : kernels::Stream{},
+          [&](const Context& ctx) { kernels::gradient_statistics(ctx, segments, normaliser, buffers); });
+      kernels::copy_bytes(&states[device.is_cuda() ? 0 : 1], {}, state.tensor().data, device, sizeof(start));
+    }
+    SCOPED_TRACE(count);
+    expect_equal(states[0], states[1]);
+    EXPECT_EQ(states[0].nonfinite, std::vector<int>({0, 0, 1, 2, 3, 4, 4})[count]);
+    EXPECT_EQ(states[0].first_nonfinite, std::vector<int>({-1, -1, 3, 3, 3, 0, 0})[count]);
   }
 }
 

@@ -152,6 +152,18 @@ __device__ __forceinline__ Vector<T, N> staged_vector(const unsigned char* at, i
   return load_vector<T, N>(reinterpret_cast<const T*>(at) + i * N);
 }
 
+// This thread's vectors of a row of parameters, or zeros where there is none.
+template <class S, int N, typename T>
+__device__ __forceinline__ void load_parameters(const void* data, int64_t column, int vectors,
+                                                Vector<T, N> (&to)[S::kVectors]) {
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int i = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    to[k] = {};
+    if (data && i < vectors) to[k] = load_vector<T, N>(static_cast<const T*>(data) + column + i * N);
+  }
+}
+
 inline constexpr int kMostWarps = 12;  // of a row, a multiple of 4
 // Floats of shared memory that RowSums takes, aligned to 16 bytes.
 inline constexpr int kRowSums = 4 * kMostWarps * (kMostRowThreads / 64);
