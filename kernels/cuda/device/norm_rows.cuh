@@ -17,6 +17,7 @@ template <int kLanes_, int kVectors_>
 struct Spread {
   static constexpr bool kWholeWarps = kLanes_ == 0;
   static constexpr int kVectors = kVectors_, kWarpLanes = kWholeWarps ? 32 : kLanes_;
+  // Threads of a group of so many vectors.
   static int lanes(int vectors) {
     return kWholeWarps ? ((vectors + kVectors - 1) / kVectors + 31) / 32 * 32 : kLanes_;
   }
@@ -127,7 +128,7 @@ __device__ __forceinline__ void copy_vector(unsigned char* to, const void* from,
 template <class S, int N, typename T>
 class RowWalk {
  public:
-  // T* of a tensor of rows `stride` elements apart, from element `column` of row `row`, every `step` rows.
+  // Rows lie `stride` elements apart; from element `column` of row `row` on, every `step` rows.
   __device__ __forceinline__ RowWalk(T* data, int64_t stride, int64_t row, int64_t step, int64_t column)
       : at_(data + row * stride + column + static_cast<int>(threadIdx.x) * N), step_(step * stride) {}
   __device__ __forceinline__ void advance() { at_ += step_; }
