@@ -279,12 +279,23 @@ int largest_memory() {
   return bytes;
 }
 
+// Whether blocks can share a tile: code for older architectures, translated for this GPU, has no clusters.
+bool shares_tiles() {
+  static const bool compiled = [] {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, softmax_decode_kernel<__half, 64>),
+          "reading a kernel's properties");
+    return attributes.ptxVersion >= 90;
+  }();
+  return compiled && has_clusters();
+}
+
 // As many blocks of a tile as have something to do, and are resident at once with those of all tiles.
 int shift_of(const Grid& g, int chunks, int64_t all_tiles) {
   const int wanted = std::max((chunks + g.warps - 1) / g.warps, (g.rows + g.warps - 1) / g.warps);
   int shift = 0;
-  while (has_clusters() && shift < kMostShift && 1 << shift < wanted &&
-         all_tiles << (shift + 1) <= 2 * multiprocessors())
+  if (!shares_tiles()) return shift;
+  while (shift < kMostShift && 1 << shift < wanted && all_tiles << (shift + 1) <= 2 * multiprocessors())
     ++shift;
   return shift;
 }
@@ -310,9 +321,6 @@ void launch_tiles(const Context& ctx, const Tiles<T>& p, const Grid& g) {
   constexpr const char* kName = "softmax_attention_decode";
   const auto kernel = softmax_decode_kernel<T, D>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.at.bytes), kName);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
-        kName);
   const dim3 grid(static_cast<unsigned>(g.tiles << g.shift),
                   static_cast<unsigned>(p.step.sequences * p.step.key_heads));
   launch(ctx, kName,

@@ -26,7 +26,7 @@ bool has_clusters();
 template <typename... Parameters, typename... Arguments>
 void launch(const Context& ctx, const char* operation, const LaunchShape& shape,
             void (*kernel)(Parameters...), Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -35,6 +35,10 @@ void launch(const Context& ctx, const char* operation, const LaunchShape& shape,
   if (shape.dependent && has_clusters()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    // A multiprocessor divides its memory between level 1 and blocks anew only when it is empty: blocks of
+    // two kernels stand beside each other where both ask for the same.
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
