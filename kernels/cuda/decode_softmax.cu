@@ -18,13 +18,15 @@ namespace {
 
 constexpr int kMostWarps = 4, kMostShift = 3;
 constexpr int kAhead = 8;  // partial results that are fetched at once
+// Blocks that the registers of a multiprocessor are to have room for: the kernel ahead has blocks there too.
+template <int D>
+constexpr int kResident = D == 128 ? 2 : 3;
 
 // One of the two last chunks of one of the block's rows.
 struct LastChunk {
   int item, row, which;
-  int visible;       // places of the chunk; 0: there is no such chunk
-  int halves;        // of the tile's queries, as weigh() has them
-  int rows[kSteps];  // of the pool: this lane's place of each step
+  int visible;                       // places of the chunk; 0: there is no such chunk
+  int keys[kSteps], values[kSteps];  // this lane's rows of each step, in the pool
 };
 
 // Where the chunk's places lie in the pool.
@@ -44,7 +46,10 @@ __device__ __forceinline__ void find_places(const Layout& at, const Tile& t, uin
   }
   __syncwarp();
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) chunk.rows[step] = rows[step * 16 + t.lane % 16];
+  for (int step = 0; step < kSteps; ++step) {
+    chunk.keys[step] = rows[step * 16 + key_row()];
+    chunk.values[step] = rows[step * 16 + value_row()];
+  }
   __syncwarp();
 }
 
@@ -62,8 +67,6 @@ __device__ LastChunk next_last(const Tiles<T>& p, const Tile& t, uint64_t ancest
     const int places = t.length + __popcll(mask);
     chunk.visible = min(places - (t.full + chunk.which) * kChunk, kChunk);
     if (chunk.visible <= 0) continue;
-    const int query = (t.own_row + chunk.row) * p.row_queries;
-    chunk.halves = (query < 8 ? 1 : 0) | (query + p.row_queries > 8 ? 2 : 0);
     find_places(p.at, t, mask, chunk);
     return chunk;
   }
@@ -88,7 +91,7 @@ template <typename T, int D>
 __device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, uint64_t ancestors, int first,
                                             bool first_round) {
   char* stage = stage_of<D>(p.at, t.warp);
-  const uint32_t queries = lane_part(shared_address(block_memory) + t.lane % 16 * kRowBytes<D>);
+  const uint32_t queries = shared_address(block_memory) + value_row() * kRowBytes<D> + value_column();
   LastChunk last{.item = -1};
   Partial<D> state;
   bool lasts = first_round, waiting = first_round;
@@ -104,17 +107,20 @@ __device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, ui
       waiting = false;
     }
     if (!lasts && chunk >= t.full) break;
+    const uint32_t from = shared_address(lasts ? block_memory + p.at.pool : stage),
+                   apart = lasts ? p.at.apart : kChunk * kRowBytes<D>;
     uint32_t keys[kSteps], values[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int row = lasts ? last.rows[step] : step * 16 + t.lane % 16;
-      keys[step] = lane_part(shared_address(lasts ? block_memory + p.at.pool : stage) + row * kRowBytes<D>);
-      values[step] = keys[step] + (lasts ? p.at.apart : kChunk * kRowBytes<D>);
+      const int key = lasts ? last.keys[step] : step * 16 + key_row(),
+                value = lasts ? last.values[step] : step * 16 + value_row();
+      keys[step] = from + key * kRowBytes<D> + key_column();
+      values[step] = from + apart + value * kRowBytes<D> + value_column();
     }
     const int visible = lasts ? last.visible : kChunk;
     if (!lasts) wait_for_copies<1>();
     __syncwarp();
-    const Weights w = weigh<T, D>(queries, keys, p.step.scale, visible, lasts ? last.halves : 3);
+    const Weights w = weigh<T, D>(queries, keys, p.step.scale, visible);
     __syncwarp();
     if (!lasts) {
       load_keys<T, D>(p, t, chunk + kClasses);
@@ -245,7 +251,7 @@ __device__ __forceinline__ void take_rounds(const Tiles<T>& p, const Tile& t, ui
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kMostWarps * 32) softmax_decode_kernel(const Tiles<T> p) {
+__global__ void __launch_bounds__(kMostWarps * 32, kResident<D>) softmax_decode_kernel(const Tiles<T> p) {
   let_next_start();
   const Tile t = tile_of(p);
   if (t.rows <= 0) return;

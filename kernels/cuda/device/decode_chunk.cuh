@@ -6,8 +6,8 @@
 // The order of a chunk's sums. A score: columns in steps of 16, ascending, one mma after another. The maximum
 // has no order. The sum of probabilities, in fp32: lane t of four has places 8 n + 2 t + {0, 1}, pairs first,
 // n ascending; then lanes (0 + 1) + (2 + 3). The weighted sum: probabilities in 16 bits, places in steps of
-// 16, ascending. Pairs of steps behind the last visible place are left out, which depends on their number
-// alone.
+// 16, ascending. The second half of the places is left out where none of them is visible, which depends on
+// their number alone.
 //
 // The order of chunks. Chunk c belongs to class c % kClasses. The chunks of a class are taken in ascending
 // order, then the classes. So classes can be shared out, and up to kClasses chunks are taken in their order.
@@ -40,68 +40,84 @@ struct Weights {
   uint32_t p[kSteps][4];
 };
 
-// Where this lane reads of a matrix of 16 rows of shared memory, one of which is its own: row lane % 16.
-__device__ __forceinline__ uint32_t lane_part(uint32_t row) { return row + threadIdx.x % 32 / 16 * 16; }
+// Of 16 rows of shared memory that are keys or queries and values: the row whose address this lane gives when
+// they are fetched as matrices, and the bytes into it. Fetched so, operands lie in neighbouring registers.
+__device__ __forceinline__ int key_row() { return threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8; }
+__device__ __forceinline__ uint32_t key_column() { return threadIdx.x / 8 % 2 * 16; }
+__device__ __forceinline__ int value_row() { return threadIdx.x % 16; }
+__device__ __forceinline__ uint32_t value_column() { return threadIdx.x % 32 / 16 * 16; }
 
-// Scores are scaled for binary logarithms. keys: lane_part of the rows of this lane's place of each step.
-// halves: 1 where the first eight queries count, 2 where the others do; those that do not get no result.
+// Two steps of scores.
+template <typename T, int D>
+__device__ __forceinline__ void multiply_keys(const uint32_t (&q)[D / 16][4], const uint32_t* keys,
+                                              float (*s)[4]) {
+#pragma unroll
+  for (int column = 0; column < D / 16; ++column)
+#pragma unroll
+    for (int step = 0; step < kTogether; ++step) {
+      const uint32_t(&a)[4] = q[column];
+      uint32_t b[4];
+      load_matrices(keys[step] + column * 32, b);
+      multiply_add<T>(s[2 * step], a[0], a[1], a[2], a[3], b[0], b[1]);
+      multiply_add<T>(s[2 * step + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
+}
+
+// Scores are scaled for binary logarithms. keys: addresses at key_column() of this lane's rows of each step.
 template <typename T, int D>
 __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys)[kSteps], float scale,
-                                         int visible, int halves) {
-  const int lane = threadIdx.x % 32;
+                                         int visible) {
+  constexpr int kHalf = 2 * kTogether;
+  const bool both = visible > kTogether * 16;
   float s[2 * kSteps][4] = {};
   uint32_t q[D / 16][4];
 #pragma unroll
   for (int column = 0; column < D / 16; ++column) load_matrices(queries + column * 32, q[column]);
+  multiply_keys<T, D>(q, keys, s);
+  if (both) multiply_keys<T, D>(q, keys + kTogether, s + kHalf);
+  if (visible < kChunk) {
+    const int place = threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    if (step % kTogether == 0 && step * 16 >= visible) break;
+    for (int n = 0; n < 2 * kSteps; ++n)
 #pragma unroll
-    for (int column = 0; column < D / 16; ++column) {
-      const uint32_t(&a)[4] = q[column];
-      uint32_t b[4];
-      load_matrices(keys[step] + column * 32, b);
-      multiply_add<T>(s[2 * step], a[0], a[1], a[2], a[3], b[0], b[2]);
-      multiply_add<T>(s[2 * step + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-    }
+      for (int i = 0; i < 4; ++i)
+        if (n * 8 + place + i % 2 >= visible) s[n][i] = -INFINITY;
   }
   Weights w;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    w.maximum[half] = w.sum[half] = 0;
+    float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n) w.p[n / 2][n % 2 * 2 + half] = 0;
-    if (!(halves >> half & 1)) continue;
-    float top = -INFINITY, sum = 0;
-#pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n) {
-      if (n % (2 * kTogether) == 0 && n * 8 >= visible) break;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = s[n][2 * half + i];
-        if (n * 8 + lane % 4 * 2 + i >= visible) x = -INFINITY;
-        top = fmaxf(top, x);
-      }
-    }
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    top = __fmul_rn(top, scale);
-#pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n) {
-      if (n % (2 * kTogether) == 0 && n * 8 >= visible) break;
-      const float a = binary_exp(fmaf(s[n][2 * half], scale, -top)),
-                  b = binary_exp(fmaf(s[n][2 * half + 1], scale, -top));
-      w.p[n / 2][n % 2 * 2 + half] = pack<T>(a, b);
-      sum += a + b;
-    }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    w.maximum[half] = top, w.sum[half] = sum;
+    for (int n = 0; n < 2 * kSteps; ++n)
+      top[n % 2] = fmaxf(top[n % 2], fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    w.maximum[half] = fmaxf(top[0], top[1]), w.sum[half] = 0;
   }
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      w.maximum[half] = fmaxf(w.maximum[half], __shfl_xor_sync(0xffffffffu, w.maximum[half], lanes));
+#pragma unroll
+  for (int half = 0; half < 2; ++half) w.maximum[half] = __fmul_rn(w.maximum[half], scale);
+#pragma unroll
+  for (int n = 0; n < 2 * kSteps; ++n) {
+    if (n == kHalf && !both) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float a = binary_exp(fmaf(s[n][2 * half], scale, -w.maximum[half])),
+                  b = binary_exp(fmaf(s[n][2 * half + 1], scale, -w.maximum[half]));
+      w.p[n / 2][n % 2 * 2 + half] = pack<T>(a, b);
+      w.sum[half] += a + b;
+    }
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) w.sum[half] += __shfl_xor_sync(0xffffffffu, w.sum[half], lanes);
   return w;
 }
 
-// values: as keys.
+// values: addresses at value_column() of this lane's rows of each step.
 template <typename T, int D>
 __device__ __forceinline__ Partial<D> weighted_sum(const Weights& w, const uint32_t (&values)[kSteps],
                                                    int visible) {
@@ -112,7 +128,7 @@ __device__ __forceinline__ Partial<D> weighted_sum(const Weights& w, const uint3
   for (int n = 0; n < D / 8; ++n) x.out[n][0] = x.out[n][1] = x.out[n][2] = x.out[n][3] = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    if (step % kTogether == 0 && step * 16 >= visible) break;
+    if (step == kTogether && step * 16 >= visible) break;
     const uint32_t(&p)[4] = w.p[step];
 #pragma unroll
     for (int column = 0; column < D / 16; ++column) {
