@@ -144,8 +144,8 @@ struct TrainConfig {
     v(device, "device", Choices{"auto", "cpu", "cuda"},
       "where to compute; auto: on GPUs where every rank of a host can have one");
     v(deterministic, "deterministic",
-      "on a GPU, the same bits in every run; false lets some gradients be summed in any order, which is "
-      "faster");
+      "on a GPU, the same bits in every run; false lets some gradients be summed in any order and takes the "
+      "products' kernels that were fastest when timed, which is faster");
     v(graph, "graph", "on a GPU, replay each step as a CUDA graph");
     v(threads, "threads", Range{0, 4096},
       "CPU threads of a rank; 0 shares the cores among the ranks of a host");

@@ -44,116 +44,86 @@ __device__ __forceinline__ void save_statistics(const Forward& f, int64_t row, i
   at[1] = r;
 }
 
-// Brings rows to the stages: x, or the residual and the branch.
-template <class S, typename X, typename Y, bool kResidual>
-class ForwardRows {
- public:
-  static constexpr int N = kNormElements<X, Y>;
-  __device__ __forceinline__ ForwardRows(const Forward& f, int64_t row, int64_t step, int64_t column)
-      : x_(static_cast<const X*>(f.x), f.x_stride, row, step, column),
-        branch_(static_cast<const Y*>(f.branch), f.branch_stride, row, step, column),
-        sum_(static_cast<Y*>(f.sum), f.sum_stride, row, step, column) {}
-
-  // The next row of `vectors` vectors, if it is there.
-  __device__ __forceinline__ void copy(RowStages& stages, int vectors, bool there) {
-    unsigned char* to = stages.fill();
-    x_.copy(to, there ? vectors : 0);
-    x_.advance();
-    if constexpr (kResidual) {
-      branch_.copy(to + vectors * N * sizeof(X), there ? vectors : 0);
-      branch_.advance();
-    }
-    stages.end_copies();
-  }
-
-  // The row of a stage as it is normalised, and the sum of what this thread has of it. A residual and a
-  // branch become their sum here. `number`: plan.vectors, or 0 without a row.
-  __device__ __forceinline__ float take(const unsigned char* stage, int vectors, int number,
-                                        float (&x)[S::kVectors][N]) {
-    float total = 0;
-#pragma unroll
-    for (int k = 0; k < S::kVectors; ++k) {
-      const int i = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      if (i >= number) continue;
-      auto in = staged_vector<N, X>(stage, i);
-      if constexpr (kResidual) {
-        const auto branch = staged_vector<N, Y>(stage + vectors * N * sizeof(X), i);
-#pragma unroll
-        for (int j = 0; j < N; ++j) in.at[j] = from_float<Y>(to_float(in.at[j]) + to_float(branch.at[j]));
-        store_global(sum_.vector(k), in);
-      }
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        x[k][j] = to_float(in.at[j]);
-        total += x[k][j];
-      }
-    }
-    if constexpr (kResidual) sum_.advance();
-    return total;
-  }
-
- private:
-  RowWalk<S, N, const X> x_;
-  RowWalk<S, N, const Y> branch_;
-  RowWalk<S, N, Y> sum_;
-};
-
 // x / n, where `inverse` is 1 / n: exact where the quotient is.
 __device__ __forceinline__ float divided(float x, float n, float inverse) {
   const float quotient = x * inverse;
   return fmaf(fmaf(-quotient, n, x), inverse, quotient);
 }
 
-constexpr int kThreads = 512;  // of a multiprocessor: 128 registers each
+constexpr int kMostThreads = 384;  // of a block
 
-// A group of a row stays in the registers of blockDim.x threads.
+// This thread's vectors of a row, zeros outside it. A residual and a branch become their sum here.
 template <class S, typename X, typename Y, bool kResidual>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const Forward f, const RowPlan plan) {
+__device__ __forceinline__ void load_row(const ForwardRow<X, Y>& at, int vectors,
+                                         Vector<X, kNormElements<X, Y>> (&x)[S::kVectors]) {
   constexpr int N = kNormElements<X, Y>;
-  __shared__ __align__(16) float shared[S::kWholeWarps ? kRowSums : 4];
-  extern __shared__ __align__(16) unsigned char memory[];
-  const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x), group = blockIdx.y;
-  const int64_t step = int64_t{gridDim.x} * blockDim.y, column = int64_t{group} * f.columns;
-  int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, ahead = row;
-  let_next_start();
-  wait_for_previous();
-  RowStages stages(memory, plan);
-  ForwardRows<S, X, Y, kResidual> rows(f, row, step, column);
-#pragma unroll 1
-  for (int k = 1; k < plan.stages; ++k, ahead += step) rows.copy(stages, plan.vectors, ahead < f.rows);
-  RowSums<S> sums(shared);
-  Vector<Y, N> gain[S::kVectors], bias[S::kVectors];
-  load_parameters<S>(f.gain, column, plan.vectors, gain);
-  load_parameters<S>(f.bias, column, plan.vectors, bias);
-  RowWalk<S, N, Y> y_rows(static_cast<Y*>(f.y), f.y_stride, row, step, column);
-  for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < f.rows; first += step) {
-    rows.copy(stages, plan.vectors, ahead < f.rows);
-    const bool live = row < f.rows;
-    const int vectors = live ? plan.vectors : 0;
-    float x[S::kVectors][N], squares = 0;
-    const float sum = rows.take(stages.read(), plan.vectors, vectors, x);
-    const float mean = f.layer ? divided(sums(sum), static_cast<float>(f.columns), f.inverse) : 0.0f;
+  Vector<Y, N> branch[kResidual ? S::kVectors : 1];
+  const auto vector = [](int k) { return k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); };
 #pragma unroll
-    for (int k = 0; k < S::kVectors; ++k)
-      if (k * lanes + lane < vectors)
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          x[k][j] -= mean;
-          squares = fmaf(x[k][j], x[k][j], squares);
-        }
-    const float r = rsqrtf(fmaf(sums(squares), f.inverse, f.eps));
-    if (live && lane == 0) save_statistics(f, row, group, mean, r);
+  for (int k = 0; k < S::kVectors; ++k) {
+    x[k] = {};
+    if (vector(k) >= vectors) continue;
+    x[k] = load_vector<X, N>(at.x + vector(k) * N);
+    if constexpr (kResidual) branch[k] = load_vector<Y, N>(at.branch + vector(k) * N);
+  }
+  if constexpr (kResidual)
 #pragma unroll
     for (int k = 0; k < S::kVectors; ++k) {
-      if (k * lanes + lane >= vectors) continue;
-      Vector<Y, N> y;
+      if (vector(k) >= vectors) continue;
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        y.at[j] = from_float<Y>(fmaf(x[k][j] * r, to_float(gain[k].at[j]), to_float(bias[k].at[j])));
-      store_global(y_rows.vector(k), y);
+        x[k].at[j] = from_float<Y>(to_float(x[k].at[j]) + to_float(branch[k].at[j]));
+      store_global(at.sum + vector(k) * N, x[k]);
     }
-    y_rows.advance();
-    row += step, ahead += step;
+}
+
+// A group of a row stays in the registers of blockDim.x threads. Many warps with a row each keep as much in
+// flight as warps that fetch ahead would: here nothing is carried from row to row.
+template <class S, typename X, typename Y, bool kResidual>
+__global__ void __launch_bounds__(kMostThreads, 2) forward_kernel(const Forward f, int all_vectors) {
+  constexpr int N = kNormElements<X, Y>;
+  __shared__ __align__(16) float shared[S::kWholeWarps ? kRowSums : 4];
+  const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x), group = blockIdx.y;
+  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const bool live = row < f.rows;
+  const int vectors = live ? all_vectors : 0;
+  let_next_start();
+  wait_for_previous();
+  const ForwardRow<X, Y> at(f, live ? row : 0, group);
+  Vector<X, N> x[S::kVectors];
+  load_row<S, X, Y, kResidual>(at, vectors, x);
+  RowSums<S> sums(shared);
+  float mean = 0, squares = 0;
+  if (f.layer) {
+#pragma unroll
+    for (int k = 0; k < S::kVectors; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) mean += to_float(x[k].at[j]);
+    mean = divided(sums(mean), static_cast<float>(f.columns), f.inverse);
+  }
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k)
+    if (k * lanes + lane < vectors)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float centred = to_float(x[k].at[j]) - mean;
+        squares = fmaf(centred, centred, squares);
+      }
+  const float r = rsqrtf(fmaf(sums(squares), f.inverse, f.eps));
+  if (!live) return;
+  if (lane == 0) save_statistics(f, row, group, mean, r);
+#pragma unroll
+  for (int k = 0; k < S::kVectors; ++k) {
+    const int c = (k * lanes + lane) * N;
+    if (c >= f.columns) continue;
+    const auto gain = load_vector<Y, N>(at.gain + c);
+    Vector<Y, N> bias{}, y;
+    if (at.bias) bias = load_vector<Y, N>(at.bias + c);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      y.at[j] =
+          from_float<Y>(fmaf((to_float(x[k].at[j]) - mean) * r, to_float(gain.at[j]), to_float(bias.at[j])));
+    store_global(at.y + c, y);
   }
 }
 
@@ -196,7 +166,6 @@ __global__ void __launch_bounds__(kAnyThreads) forward_any_kernel(const Forward 
 template <typename X, typename Y, bool kResidual>
 void launch_forward(const Context& ctx, const char* name, const Forward& f, int64_t groups, bool wide) {
   constexpr int N = kNormElements<X, Y>;
-  constexpr int kBytes = N * (sizeof(X) + (kResidual ? sizeof(Y) : 0));
   visit_spread(f.columns, N, wide, [&](auto spread) {
     using S = decltype(spread);
     if constexpr (std::is_same_v<S, AnySpread>) {
@@ -204,15 +173,11 @@ void launch_forward(const Context& ctx, const char* name, const Forward& f, int6
       launch(ctx, name, {.grid = grid, .block = kAnyThreads, .dependent = starts_early(grid.x * grid.y)},
              forward_any_kernel<X, Y, kResidual>, f);
     } else {
-      const RowPlan plan = plan_rows<S>(f.rows, groups, f.columns / N, kBytes, kThreads, 32);
-      const auto kernel = forward_kernel<S, X, Y, kResidual>;
-      allow_shared(kernel, plan, name);
-      launch(ctx, name,
-             {.grid = plan.grid,
-              .block = plan.block,
-              .dependent = starts_early(plan.grid.x * plan.grid.y),
-              .shared = plan.shared()},
-             kernel, f, plan);
+      const int vectors = f.columns / N;
+      const dim3 block = row_block<S>(f.rows, vectors);
+      const dim3 grid(static_cast<unsigned>((f.rows + block.y - 1) / block.y), static_cast<unsigned>(groups));
+      launch(ctx, name, {.grid = grid, .block = block, .dependent = starts_early(grid.x * grid.y)},
+             forward_kernel<S, X, Y, kResidual>, f, vectors);
     }
   });
 }

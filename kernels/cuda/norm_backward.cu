@@ -259,7 +259,7 @@ int64_t launch_backward(const Context& ctx, const Backward& b, int64_t groups, b
       backward_any_kernel<X, Y, DX><<<grid, kAnyThreads, 0, stream_of(ctx)>>>(b);
     } else {
       constexpr int kBytes = BackwardRows<S, X, Y, DX>::kBytes;
-      const RowPlan plan = plan_rows<S>(b.rows, groups, b.columns / N, kBytes, kThreads, kMostRowThreads);
+      const RowPlan plan = plan_rows<S>(b.rows, groups, b.columns / N, kBytes, kThreads);
       const auto kernel = backward_kernel<S, X, Y, DX>;
       allow_shared(kernel, plan, "norm_backward");
       kernel<<<plan.grid, plan.block, plan.shared(), stream_of(ctx)>>>(b, plan);

@@ -80,6 +80,7 @@ TEST(BadInputCuda, APlanThatDoesNotFitIsRefusedBeforeAnythingIsLoaded) {
   configs::Config config = support::tiny_config(folder.path());
   config.train.device = "cuda";
   config.model.width = 16384;
+  config.model.heads = config.model.kv_heads = 128;
   config.model.ffn_width = 65536;
   config.model.layers = 100;
   const std::string file = write_text(folder.path() / "a.cfg", configs::to_ini(config));

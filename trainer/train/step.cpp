@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "kernels/ops/cast.h"
+#include "kernels/ops/linear.h"
 #include "trainer/optim/settings.h"
 
 namespace trainer {
@@ -99,6 +100,8 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
       late_(late.value_or(ctx.device.is_cuda() ? 1 : 0)),
       graphs_(ctx.device.is_cuda() && config.train.graph),
       reference_rows_(config.train.micro_batch * config.model.context) {
+  // Which kernel is the fastest differs from process to process, and with it the last bits.
+  kernels::measure_products(!config.train.deterministic);
   for (auto* arena : {memory_.saved.get(), memory_.scratch.get(), memory_.step.get()}) arena->place();
   ctx_.scratch = memory_.scratch.get();
   const StepTensors tensors = take(*memory_.step, model, loader.params(), ranks.size());

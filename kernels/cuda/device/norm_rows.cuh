@@ -45,26 +45,32 @@ inline constexpr int kMostRowThreads = 192;  // of a block, unless one row needs
 // Order of sums must not depend on the device: blocks are counted for this many multiprocessors anywhere.
 inline constexpr int64_t kRowMultiprocessors = 132;
 
+// (threads of a group, rows at a time) of a block. Few rows are spread over all multiprocessors, in whole
+// warps.
+template <class S>
+dim3 row_block(int64_t rows, int vectors) {
+  const int lanes = S::lanes(vectors);
+  const bool few = rows <= kRowMultiprocessors * 2;
+  return dim3(static_cast<unsigned>(lanes),
+              static_cast<unsigned>(std::max(1, (few ? 32 : kMostRowThreads) / lanes)));
+}
+
 struct RowPlan {
   dim3 grid, block;
   int vectors, bytes, stages;  // of a group; of a row in a stage
   unsigned shared() const { return block.y * static_cast<unsigned>(bytes * stages); }
 };
 
-// `bytes`: what a vector takes of a stage. `threads`: of a multiprocessor. `block`: threads of a block
-// where rows abound, at most kMostRowThreads.
+// `bytes`: what a vector takes of a stage. `threads`: of a multiprocessor.
 template <class S>
-RowPlan plan_rows(int64_t rows, int64_t groups, int vectors, int bytes, int threads, int block) {
-  const int lanes = S::lanes(vectors);
-  // Few rows are spread over all multiprocessors, in whole warps.
-  const bool few = rows <= kRowMultiprocessors * 2;
-  const int at_once = std::max(1, (few ? 32 : block) / lanes);
-  const int64_t resident = std::max(1, threads / (lanes * at_once));
+RowPlan plan_rows(int64_t rows, int64_t groups, int vectors, int bytes, int threads) {
+  RowPlan plan{};
+  plan.block = row_block<S>(rows, vectors);
+  const int at_once = static_cast<int>(plan.block.y);
+  const int64_t resident = std::max(1, threads / static_cast<int>(plan.block.x * plan.block.y));
   const int64_t blocks =
       std::min(std::max<int64_t>(1, kRowMultiprocessors * resident / groups), (rows + at_once - 1) / at_once);
-  RowPlan plan{};
   plan.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
-  plan.block = dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(at_once));
   plan.vectors = vectors;
   plan.bytes = (vectors * bytes + 15) / 16 * 16;
   const int64_t three = int64_t{3} * at_once * plan.bytes;
