@@ -55,8 +55,9 @@ void add_column_sums(const Tensor& dy, const Tensor& sums) {
 
 }  // namespace
 
-void linear_backward_weight(const Context&, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias) {
-  gemm({dy, true}, {x}, {}, true, dw);
+void linear_backward_weight(const Context&, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
+                            bool accumulate) {
+  gemm({dy, true}, {x}, {}, accumulate, dw);
   if (!dbias) return;
   visit_dtype(dy.dtype, [&](auto tag) { add_column_sums<decltype(tag)>(dy, dbias); });
 }

@@ -97,9 +97,9 @@ bool sums_pay(const Context& ctx, const Product& plain, const Product& summing) 
 }
 }  // namespace
 
-void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias) {
-  if (dy.rows() == 0) return;
-  const Product plain{.a = dy, .b = x, .c = dw, .transposed_a = true, .accumulate = true};
+void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
+                            bool accumulate) {
+  const Product plain{.a = dy, .b = x, .c = dw, .transposed_a = true, .accumulate = accumulate};
   if (dbias) {
     Product summing = plain;
     summing.epilogue = Epilogue::column_sums;

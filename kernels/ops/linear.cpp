@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "kernels/ops/activation.h"
+#include "kernels/ops/cast.h"
 
 namespace kernels {
 
@@ -146,7 +147,8 @@ void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tens
   return cpu::linear_backward_input_gelu(ctx, dy, matrix, pre, dpre);
 }
 
-void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias) {
+void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
+                            bool accumulate) {
   check_rows("linear_backward_weight", "dy", dy, x.rows(), dy.cols());
   check_rows("linear_backward_weight", "x", x, x.rows(), x.cols());
   check_rows("linear_backward_weight", "dw", dw, dy.cols(), x.cols());
@@ -157,9 +159,13 @@ void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& 
     check_dtype("linear_backward_weight", "dbias", dbias, main_dtype(dy.dtype));
   }
   if (ctx.rehearsal) return;
+  if (dy.rows() == 0) {
+    if (!accumulate) fill(ctx, dw, 0.0f);
+    return;
+  }
   if constexpr (kCudaEnabled)
-    if (ctx.device.is_cuda()) return cuda::linear_backward_weight(ctx, dy, x, dw, dbias);
-  return cpu::linear_backward_weight(ctx, dy, x, dw, dbias);
+    if (ctx.device.is_cuda()) return cuda::linear_backward_weight(ctx, dy, x, dw, dbias, accumulate);
+  return cpu::linear_backward_weight(ctx, dy, x, dw, dbias, accumulate);
 }
 
 void measure_products(bool on) { measuring = on; }

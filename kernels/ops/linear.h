@@ -3,7 +3,8 @@
 //
 //   forward    y (N, O) = x (N, I) W^T + b          W (O, I), b (O) or absent
 //   backward   dx (N, I)  = dy W                    written, or accumulated with += on request
-//              dW (O, I) += dy^T x                  accumulated, in the main type (fp32)
+//              dW (O, I) += dy^T x                  accumulated, or written on request, in the main type
+//              (fp32)
 //              db (O)    += sum over rows of dy     accumulated, in the main type
 //
 // and the same fused with GPT-2's activation (gelu of ops/activation.h), for an MLP y2 = gelu(x W1^T) W2^T:
@@ -63,9 +64,9 @@ void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& m
                            bool accumulate = false);
 void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
                                 Tensor dpre);
-// dW += dy^T x; db += column sums of dy (dbias may be empty).
+// dW += dy^T x, or dW = dy^T x whatever dW held; db += column sums of dy (dbias may be empty).
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw,
-                            Tensor dbias = {});
+                            Tensor dbias = {}, bool accumulate = true);
 
 // On a GPU the first product of each kind (sizes, strides, types) times the library's kernels and remembers
 // the fastest for the life of the process; inside a graph capture, and when switched off here, it takes the
@@ -86,7 +87,8 @@ void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& m
                            bool accumulate);
 void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
                                 Tensor dpre);
-void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias);
+void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
+                            bool accumulate);
 }  // namespace cpu
 
 namespace cuda {
@@ -105,7 +107,8 @@ void linear_backward_input(const Context& ctx, const Tensor& dy, const Tensor& m
                            bool accumulate);
 void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& matrix, const Tensor& pre,
                                 Tensor dpre);
-void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias);
+void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
+                            bool accumulate);
 }  // namespace cuda
 
 }  // namespace kernels

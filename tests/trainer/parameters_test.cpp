@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "kernels/ops/cast.h"
 #include "tests/support/tiny_model.h"
 
 namespace {
@@ -79,6 +80,34 @@ TEST(Parameters, RehearsalTakesNoMemoryAndMeasuresAll) {
   }
   EXPECT_GE(bytes, size_t{6400} * (2 + 4 * 4));
   EXPECT_LT(bytes, size_t{6400} * (2 + 4 * 4) + 1024);
+}
+
+TEST(Parameters, GradientsOfProductsAreLeftForThemToWrite) {
+  ParameterStore store;
+  store.add("gain", {7}, {});
+  const int q = store.add("q", {3, 5}, {}), k = store.add("k", {2, 5}, {}, true);
+  const int o = store.add("o", {4, 4}, {});
+  store.set_product(q, k, true);
+  store.set_product(o, o, true);
+  store.allocate({}, DType::f32, true);
+  EXPECT_FALSE(store.take_unwritten(q, k)) << "outside a step gradients are added to";
+  const auto ones = [&] { kernels::fill({}, store.buffers().gradients, 1.0f); };
+  ones();
+  store.begin_gradients({});
+  const kernels::Tensor all = store.buffers().gradients;
+  for (int64_t i = 0; i < all.numel(); ++i) {
+    const auto holds = [&](int id) {
+      const trainer::Parameter& p = store.parameters()[static_cast<size_t>(id)];
+      return i >= p.begin && i < p.begin + p.shape.numel();
+    };
+    EXPECT_EQ(all.as<float>()[i], holds(q) || holds(k) || holds(o) ? 1.0f : 0.0f) << i;
+  }
+  EXPECT_TRUE(store.take_unwritten(q, k));
+  EXPECT_FALSE(store.take_unwritten(q, k)) << "the second product adds";
+  EXPECT_THROW(store.check_written(), kernels::ShapeError) << "o was left out";
+  EXPECT_THROW(store.take_unwritten(k, o), kernels::ShapeError) << "one is written, the other not";
+  EXPECT_TRUE(store.take_unwritten(o, o));
+  store.check_written();
 }
 
 TEST(Parameters, FreezeKeepsTheNamedTrainable) {

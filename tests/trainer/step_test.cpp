@@ -9,6 +9,7 @@
 #include <map>
 
 #include "kernels/core/stream.h"
+#include "kernels/ops/cast.h"
 #include "tests/support/step_run.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/tiny_run.h"
@@ -74,6 +75,29 @@ TEST_F(Step, ResultsComeAsLateAsTheyAreAllowedTo) {
   EXPECT_TRUE(second->stop_requested) << "asked in the second step";
   EXPECT_TRUE(run.stepper().flush());
   EXPECT_FALSE(run.stepper().flush());
+}
+
+// Two steps, then two more with gradients that hold nothing but NaN before each of them.
+std::vector<trainer::StepMetrics> steps_over_nan(StepRun& run, const kernels::Context& ctx) {
+  auto metrics = run.steps(2);
+  for (int i = 0; i < 2; ++i) {
+    kernels::fill(ctx, run.model().parameters().buffers().gradients, std::nanf(""));
+    metrics.push_back(run.steps(1).front());
+  }
+  return metrics;
+}
+
+TEST_F(Step, NothingIsLeftOfEarlierGradients) {
+  for (const bool tied : {true, false})
+    for (const bool sequential : {true, false}) {
+      auto c = config("fp32");
+      c.model.tie_embeddings = tied;
+      c.heads.medusa_sequential = sequential;
+      c.heads.medusa = c.heads.mtp = 2;
+      StepRun clean(c, kVocabulary, {}), soiled(c, kVocabulary, {});
+      expect_same(clean.steps(4), steps_over_nan(soiled, {}));
+      EXPECT_EQ(clean.master(), soiled.master()) << "tied " << tied << ", sequential " << sequential;
+    }
 }
 
 TEST_F(Step, OverflowIsNamedByTensorAndRankAlsoWhenReadLate) {
@@ -191,6 +215,13 @@ TEST_F(StepCuda, CapturedEqualsEager) {
   expect_close(StepRun::losses(a.steps(12)), StepRun::losses(b.steps(12)), kHalfTolerance);
   EXPECT_FALSE(a.stepper().captured());
   EXPECT_TRUE(b.stepper().captured());
+}
+
+TEST_F(StepCuda, NothingIsLeftOfEarlierGradients) {
+  auto c = config();
+  c.heads.medusa = c.heads.mtp = 2;
+  StepRun clean(c, kVocabulary, ctx_), soiled(c, kVocabulary, ctx_);
+  expect_same(clean.steps(4), steps_over_nan(soiled, ctx_));
 }
 
 TEST_F(StepCuda, NeitherWaitsForTheDeviceNorTakesMemoryInAStep) {

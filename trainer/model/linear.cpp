@@ -14,7 +14,9 @@ void for_parts(int64_t rows, bool rows_alone, Fn fn) {
 }  // namespace
 
 Linear::Linear(ParameterStore& store, int first, int last, int bias, int last_bias)
-    : store_(&store), first_(first), last_(last), bias_(bias), last_bias_(std::max(bias, last_bias)) {}
+    : store_(&store), first_(first), last_(last), bias_(bias), last_bias_(std::max(bias, last_bias)) {
+  store.set_product(first, last, true);
+}
 
 int64_t Linear::outputs() const {
   int64_t rows = 0;
@@ -75,7 +77,8 @@ void Linear::backward_input_gelu(const Context& ctx, const Tensor& dy, const Ten
 void Linear::backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const {
   if (!store_->parameters()[static_cast<size_t>(first_)].trainable) return;
   kernels::linear_backward_weight(ctx, dy, x, store_->fused_gradient(first_, last_),
-                                  bias_ >= 0 ? store_->fused_gradient(bias_, last_bias_) : Tensor{});
+                                  bias_ >= 0 ? store_->fused_gradient(bias_, last_bias_) : Tensor{},
+                                  ctx.rehearsal || !store_->take_unwritten(first_, last_));
 }
 
 void Linear::pack(const Context& ctx, kernels::Arena& panels) {

@@ -78,6 +78,8 @@ Model::Impl::Impl(const configs::Config& config, int64_t vocabulary)
              i);
   for (int64_t i = 0; i < heads.mtp; ++i)
     add_loss(*mtp.emplace_back(std::make_unique<Mtp>(store, config, i + 1, trunk.embedding())), i);
+  // Tied or not: what looks tokens up adds to it.
+  store.set_product(trunk.embedding(), trunk.embedding(), false);
   if (frozen) store.freeze({"medusa.", "mtp."});
   // Until the caller allocates, the model can be rehearsed.
   store.allocate({}, compute_dtype(config), true, true);

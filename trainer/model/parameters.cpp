@@ -152,6 +152,45 @@ void ParameterStore::freeze(const std::vector<std::string>& prefixes_kept_traina
                               [&](const std::string& prefix) { return p.name.starts_with(prefix); });
 }
 
+void ParameterStore::set_product(int first, int last, bool product) {
+  for (int i = first; i <= last; ++i) parameters_[static_cast<size_t>(i)].product = product;
+}
+
+void ParameterStore::begin_gradients(const Context& ctx) {
+  unwritten_.assign(parameters_.size(), false);
+  int64_t cleared = 0;
+  const auto clear_until = [&](int64_t end) {
+    if (end > cleared) kernels::fill(ctx, buffers_.gradients.slice(cleared, end - cleared), 0.0f);
+  };
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& p = parameters_[i];
+    unwritten_[i] = p.product && p.trainable;
+    if (!unwritten_[i]) continue;
+    clear_until(p.begin);
+    cleared = p.begin + p.shape.numel();
+  }
+  clear_until(elements_);
+}
+
+bool ParameterStore::take_unwritten(int first, int last) {
+  if (unwritten_.empty()) return false;
+  const auto begin = unwritten_.begin() + first, end = unwritten_.begin() + last + 1;
+  const bool unwritten = *begin;
+  if (std::find(begin, end, !unwritten) != end)
+    throw kernels::ShapeError(fmt::format("gradients of '{}' and '{}' are not of one product",
+                                          parameters_[static_cast<size_t>(first)].name,
+                                          parameters_[static_cast<size_t>(last)].name));
+  std::fill(begin, end, false);
+  return unwritten;
+}
+
+void ParameterStore::check_written() const {
+  for (size_t i = 0; i < unwritten_.size(); ++i)
+    if (unwritten_[i])
+      throw kernels::ShapeError(
+          fmt::format("the backward left out the gradient of '{}'", parameters_[i].name));
+}
+
 Tensor ParameterStore::part(const Tensor& buffer, int first, int last) const {
   const Parameter& p = parameters_[static_cast<size_t>(first)];
   Shape shape = p.shape;

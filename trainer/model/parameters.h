@@ -32,7 +32,8 @@ struct Parameter {
   Init init;
   bool decay = false;  // weight decay: matrices only
   bool trainable = true;
-  int64_t begin = 0;  // first element in the flat buffers
+  bool product = false;  // its gradient is a linear layer's product alone
+  int64_t begin = 0;     // first element in the flat buffers
 };
 
 // Which part of the optimizer's state (master, m, v) this rank holds: shard `rank` of `ranks`; one shard is
@@ -71,6 +72,17 @@ class ParameterStore {
   // Every parameter whose name starts with none of the prefixes is no longer trainable.
   void freeze(const std::vector<std::string>& prefixes_kept_trainable);
 
+  // Who computes the gradient of parameters [first, last]: linear layers alone, or others too.
+  void set_product(int first, int last, bool product);
+  // Ahead of a step's first backward: no gradient counts any more. Those that are products alone are left as
+  // they are, for the first product to write; all others become zero.
+  void begin_gradients(const Context& ctx);
+  // Whether a product has to write the gradient of [first, last] because nothing did in this step; from now
+  // on something has.
+  bool take_unwritten(int first, int last);
+  // ShapeError when the backward left out a gradient that was for a product to write.
+  void check_written() const;
+
   const std::vector<Parameter>& parameters() const { return parameters_; }
   int64_t elements() const { return elements_; }
   DType compute() const { return compute_; }
@@ -103,6 +115,7 @@ class ParameterStore {
   void initialize(const Parameter& parameter, uint64_t seed, int id);
 
   std::vector<Parameter> parameters_;
+  std::vector<bool> unwritten_;  // of each parameter's gradient in this step; empty: none
   int64_t elements_ = 0;
   DType compute_ = DType::f16;
   kernels::Device device_;

@@ -199,11 +199,15 @@ void Stepper::capture(const Work& work, kernels::Graph& graph) {
 
 void Stepper::compute(const Work& work) {
   auto& buffers = model_.parameters().buffers();
+  const bool computes = work.shape.rows > 0;
   if (work.first) {
-    kernels::fill(ctx_, buffers.gradients, 0.0f);
+    if (computes)
+      model_.parameters().begin_gradients(ctx_);
+    else
+      kernels::fill(ctx_, buffers.gradients, 0.0f);
     kernels::loss_seeds(ctx_, buffers.state, numbers_.factors, seeds_);
   }
-  if (work.shape.rows > 0) backward(work.shape, work.last && !work.attribute);
+  if (computes) backward(work.shape, work.last && !work.attribute);
   if (work.last) finish_step(work.attribute);
 }
 
@@ -214,6 +218,7 @@ void Stepper::backward(const BatchShape& shape, bool reduce) {
     if (reduce) reducer_->ready(begin);
     reducer_->progress();
   });
+  model_.parameters().check_written();
 }
 
 void Stepper::finish_step(bool attribute) {

@@ -14,13 +14,14 @@ kernels::LinearWeight weight_of(const OpTensors& t, bool bias) {
   return {.matrix = t["w"], .bias = bias ? t["bias"] : kernels::Tensor{}, .panels = {}};
 }
 
-// Forward, dx (written or accumulated) and dw of a linear layer; weights are scaled so that y is about one.
-OpCase linear_case(std::string name, LinearShape s, bool bias, Type y_type, Gradient dx) {
+// Forward and backward of a linear layer; weights are scaled so that y is about one. `gradients`: whether
+// those of x and W are written or accumulated.
+OpCase linear_case(std::string name, LinearShape s, bool bias, Type y_type, Gradient gradients) {
   OpCase op{.operation = "linear", .name = std::move(name), .inputs = {}, .outputs = {}, .forward = {}};
-  op.inputs = {{.name = "x", .shape = {s.rows, s.in}, .gradient = dx, .padding = s.padding},
+  op.inputs = {{.name = "x", .shape = {s.rows, s.in}, .gradient = gradients, .padding = s.padding},
                {.name = "w",
                 .shape = {s.out, s.in},
-                .gradient = Gradient::accumulated,
+                .gradient = gradients,
                 .gradient_type = Type::main,
                 .scale = 0.2}};
   if (bias)
@@ -34,9 +35,11 @@ OpCase linear_case(std::string name, LinearShape s, bool bias, Type y_type, Grad
   op.checked_elements = s.rows * s.in * s.out < 100000 ? 160 : 12;
   // Logits are fp32; the gradient that comes back is of the compute type.
   if (y_type == Type::compute)
-    op.backward = [bias, dx](const kernels::Context& ctx, const OpTensors& t) {
-      kernels::linear_backward_input(ctx, t["dy"], t["w"], t["dx"], dx == Gradient::accumulated);
-      kernels::linear_backward_weight(ctx, t["dy"], t["x"], t["dw"], bias ? t["dbias"] : kernels::Tensor{});
+    op.backward = [bias, gradients](const kernels::Context& ctx, const OpTensors& t) {
+      const bool accumulate = gradients == Gradient::accumulated;
+      kernels::linear_backward_input(ctx, t["dy"], t["w"], t["dx"], accumulate);
+      kernels::linear_backward_weight(ctx, t["dy"], t["x"], t["dw"], bias ? t["dbias"] : kernels::Tensor{},
+                                      accumulate);
     };
   return op;
 }
