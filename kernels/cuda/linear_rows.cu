@@ -11,7 +11,8 @@
 //
 // Rows of x beyond 16 are other blocks' work (blockIdx.y): they read the same weights at the same time, from
 // level 2, and a block that holds fewer rows needs half the registers, so that blocks of the next kernel find
-// room beside it.
+// room beside it. Where panels are many, as in a vocabulary, that is bound by level 2, and rows_stream.cuh
+// has another form of the same sums.
 //
 // A norm ahead of the layer is computed by every block for itself, in the registers that hold x, where a
 // block has all inputs: it costs less than a kernel of its own takes to start and end.
@@ -19,6 +20,7 @@
 
 #include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/rows_product.cuh"
+#include "kernels/cuda/device/rows_stream.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/ops/linear.h"
 
@@ -77,11 +79,7 @@ struct Outputs {
     sum += to_float(bias[i]);
     if (a.gelu) sum = gelu_of(sum);
     if constexpr (!kNorm) sum += to_float(residual[i]);
-    const int64_t place = at.n * a.y_stride + at.m;
-    if (a.y_fp32)
-      static_cast<float*>(a.y)[place] = sum;
-    else
-      static_cast<T*>(a.y)[place] = from_float<T>(sum);
+    store_output<T>(a, at.n, at.m, sum);
   }
 };
 
@@ -230,10 +228,52 @@ void run_columns(const Context& ctx, const RowsCall& a) {
   run<T, 2, kInput>(ctx, a);
 }
 
+template <typename T, int kColumns>
+void launch_stream(const Context& ctx, const RowsCall& a) {
+  const auto kernel = stream_kernel<T, kColumns>;
+  const unsigned shared = stream_shared(a.tiles, kColumns);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "linear");
+  const int groups = (a.rows + kColumns * 8 - 1) / (kColumns * 8);
+  const int across = std::clamp(multiprocessors() / groups, 1, a.panels);
+  launch(ctx, "linear",
+         {.grid = dim3(static_cast<unsigned>(across), static_cast<unsigned>(groups)),
+          .block = dim3(kThreads),
+          .dependent = true,
+          .shared = shared},
+         kernel, a);
+}
+
+unsigned most_shared() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "reading the current GPU");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "reading a GPU's properties");
+  return static_cast<unsigned>(bytes);
+}
+
+// False where the other form has to do it.
+template <typename T>
+bool run_stream(const Context& ctx, const RowsCall& a) {
+  constexpr int kMany = 4;  // panels of a multiprocessor
+  if (a.rows <= kGroup || a.panels <= kMany * multiprocessors() || a.gelu || a.residual) return false;
+  if (a.slices > (has_clusters() ? kMostCluster : 1)) return false;
+  const unsigned most = most_shared();
+  if (a.rows > 32 && stream_shared(a.tiles, 8) <= most)
+    launch_stream<T, 8>(ctx, a);
+  else if (stream_shared(a.tiles, 4) <= most)
+    launch_stream<T, 4>(ctx, a);
+  else
+    return false;
+  return true;
+}
+
 template <typename T>
 void run_rows(const Context& ctx, const RowsCall& a, bool vectors) {
-  if constexpr (sizeof(T) == 2)
+  if constexpr (sizeof(T) == 2) {
     if (a.gain) return run_columns<T, Input::norm>(ctx, a);
+    if (vectors && run_stream<T>(ctx, a)) return;
+  }
   if (!vectors) return run<T, 2, Input::elements>(ctx, a);
   run_columns<T, Input::vectors>(ctx, a);
 }

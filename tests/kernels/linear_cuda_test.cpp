@@ -45,6 +45,17 @@ TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
                                     sizes.form == Form::plain ? DType::f32 : dtype, sizes.form);
 }
 
+// Vocabularies have a form of their own beyond 16 rows, with which fewer rows have to agree: all tiles of one
+// slice, warps without any, two slices.
+TEST_F(CudaLinearRows, ARowOfAVocabularyDoesNotDependOnItsNeighbours) {
+  constexpr int64_t kOut = 9603;
+  for (DType dtype : {DType::f16, DType::bf16}) {
+    rows_layer::expect_rows_alone(ctx_, dtype, kOut, 768, DType::f32);
+    rows_layer::expect_rows_alone(ctx_, dtype, kOut, 200, dtype);
+    rows_layer::expect_rows_alone(ctx_, dtype, kOut, 904, DType::f32);
+  }
+}
+
 TEST_F(CudaLinearRows, ANaNStaysInItsRow) {
   for (DType dtype : kTypes) rows_layer::expect_nan_stays_in_its_row(ctx_, dtype);
 }

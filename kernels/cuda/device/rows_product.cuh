@@ -53,14 +53,18 @@ __device__ __forceinline__ Slice slice_of(const RowsCall& a, int s) {
 enum class Input { elements, vectors, norm };
 
 // Weights are read once a step: in the caches they make way for what is read again, such as x, biases and the
-// keys and values of attention. Volatile: issued where it stands, ahead of waiting for the previous kernel.
-__device__ __forceinline__ uint4 load_weights(const void* p) {
-  uint4 v;
+// keys and values of attention.
+__device__ __forceinline__ uint64_t read_once() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// Volatile: issued where it stands, ahead of waiting for the previous kernel.
+__device__ __forceinline__ uint4 load_weights(const void* p) {
+  uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p), "l"(policy));
+               : "l"(p), "l"(read_once()));
   return v;
 }
 
@@ -105,11 +109,20 @@ __device__ __forceinline__ void matrix_multiply_add(float (&d)[4], const uint4& 
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+template <typename T>
+__device__ __forceinline__ void store_output(const RowsCall& a, int n, int m, float y) {
+  const int64_t place = n * a.y_stride + m;
+  if (a.y_fp32)
+    static_cast<float*>(a.y)[place] = y;
+  else
+    static_cast<T*>(a.y)[place] = from_float<T>(y);
+}
+
 // The first row of a block's group of x.
 __device__ __forceinline__ int first_row() { return static_cast<int>(blockIdx.y) * kGroup; }
 
-// Inputs [column, column + 16 bytes) of row n of the group; zeros where there are none. With kVectors they
-// are all there or none is.
+// Inputs [column, column + 16 bytes) of row n; zeros where there are none. With kVectors they are all there
+// or none is.
 template <typename T, bool kVectors>
 __device__ __forceinline__ uint4 load_inputs(const RowsCall& a, int n, int column) {
   constexpr int kCount = 16 / sizeof(T);
@@ -118,7 +131,6 @@ __device__ __forceinline__ uint4 load_inputs(const RowsCall& a, int n, int colum
     T at[kCount];
   } v;
   v.vector = make_uint4(0, 0, 0, 0);
-  n += first_row();
   const T* x = static_cast<const T*>(a.x) + n * a.x_stride + column;
   if constexpr (kVectors) {
     if (n < a.rows && column < a.in) v.vector = *reinterpret_cast<const uint4*>(x);
@@ -158,7 +170,8 @@ struct WarpProduct {
       if (tile >= s.last) continue;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        x[i][c] = load_inputs<T, kVectors>(a, c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
+        x[i][c] =
+            load_inputs<T, kVectors>(a, first_row() + c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
     }
   }
   // x becomes its norm. Of every row a warp gives the mean of its inputs and the squares around it; they are
@@ -265,7 +278,7 @@ struct WarpProduct<float, kColumns, 1, kVectors> {
         const int column = tile * kTileColumns + v * 8 + lane % 2 * 4;
 #pragma unroll
         for (int n = 0; n < kColumns * 8; ++n) {
-          const uint4 x = load_inputs<float, kVectors>(a, n, column);
+          const uint4 x = load_inputs<float, kVectors>(a, first_row() + n, column);
           sum[n] = __fmaf_rn(__uint_as_float(w.x), __uint_as_float(x.x), sum[n]);
           sum[n] = __fmaf_rn(__uint_as_float(w.y), __uint_as_float(x.y), sum[n]);
           sum[n] = __fmaf_rn(__uint_as_float(w.z), __uint_as_float(x.z), sum[n]);

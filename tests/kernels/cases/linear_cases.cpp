@@ -153,6 +153,14 @@ OpCase rows_norm_case(std::string name, LinearShape s, bool layer, bool gelu) {
   return op;
 }
 
+// Panels enough for the form that a GPU has for them.
+OpCase vocabulary() {
+  OpCase op =
+      rows_case("rows_vocabulary", {.rows = 19, .in = 40, .out = 9603, .padding = 8}, true, Type::main);
+  op.types = {kernels::DType::f16};
+  return op;
+}
+
 // More rows than a GPU's grid has in its second dimension.
 OpCase very_many_rows() {
   OpCase op = linear_case("very_many_rows", {.rows = 65600, .in = 3, .out = 2}, true, Type::compute,
@@ -178,6 +186,7 @@ std::vector<OpCase> linear_cases() {
       rows_case("rows_logits", {.rows = 17, .in = 48, .out = 130}, true, Type::main),
       linear_case("aligned", {.rows = 64, .in = 128, .out = 96}, true, Type::compute, Gradient::written),
       very_many_rows(),
+      vocabulary(),
       gelu_case("gelu", {.rows = 24, .in = 32, .out = 64}, true),
       gelu_case("gelu_odd", {.rows = 9, .in = 21, .out = 37, .padding = 3}, false),
       rows_case("rows_most", {.rows = 64, .in = 33, .out = 64}, false, Type::compute),
