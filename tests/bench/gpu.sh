@@ -133,16 +133,22 @@ part_parity() {
 }
 
 part_sanitize() {
-  local tests tool shard shards=$(($(nproc) / 4 + 1)) pids=() logs=() only
+  local tests tool shard shards=$(($(nproc) / 4 + 1)) pids=() logs=() only filter
   tests=$(program kernels_test)
   [ -n "$tests" ]
   # Beside each other: what takes the time is one thread of the host in each.
   for tool in ${SANITIZE_TOOLS:-memcheck racecheck initcheck synccheck}; do
-    # Races within our kernels; initcheck has to see what the libraries' kernels write.
-    if [ "$tool" = racecheck ]; then only=(--kernel-name kns=kernels4cuda); else only=(); fi
+    filter=${SANITIZE:-*Cuda*}
+    only=()
+    # Races within our kernels. The libraries' kernels for aligned products and attention end with an illegal access
+    # under racecheck, instrumented or not, and under nothing else. initcheck has to see what they write.
+    if [ "$tool" = racecheck ]; then
+      only=(--kernel-name kns=kernels4cuda)
+      filter+=":-CudaLinear.*:CudaSoftmax.*:*/linear_add*:*/linear_gelu*:*/linear_aligned*:*/linear_bias*"
+    fi
     for ((shard = 0; shard < shards; ++shard)); do
       GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard timeout "${SANITIZE_SECONDS:-$(sized 3000 240)}" \
-        compute-sanitizer --tool "$tool" "${only[@]}" "$tests" --gtest_filter="${SANITIZE:-*Cuda*}" >"$work/$tool.$shard.log" 2>&1 &
+        compute-sanitizer --tool "$tool" "${only[@]}" "$tests" --gtest_filter="$filter" >"$work/$tool.$shard.log" 2>&1 &
       pids+=($!)
       logs+=("$tool=$work/$tool.$shard.log")
     done

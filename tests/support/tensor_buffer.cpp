@@ -73,7 +73,7 @@ void TensorBuffer::upload(const std::vector<char>& host) {
 std::vector<char> TensorBuffer::bytes() const { return host(); }
 
 void TensorBuffer::poison() {
-  auto data = host();
+  std::vector<char> data(size());  // what stands there now has perhaps never been written
   visit(tensor_.dtype, [&](auto tag) {
     using T = decltype(tag);
     const T value = poison_value<T>();
