@@ -148,7 +148,7 @@ part_sanitize() {
     fi
     for ((shard = 0; shard < shards; ++shard)); do
       GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard timeout "${SANITIZE_SECONDS:-$(sized 3000 240)}" \
-        compute-sanitizer --tool "$tool" "${only[@]}" "$tests" --gtest_filter="$filter" >"$work/$tool.$shard.log" 2>&1 &
+        compute-sanitizer --tool "$tool" --print-limit 100000 "${only[@]}" "$tests" --gtest_filter="$filter" >"$work/$tool.$shard.log" 2>&1 &
       pids+=($!)
       logs+=("$tool=$work/$tool.$shard.log")
     done

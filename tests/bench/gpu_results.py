@@ -111,20 +111,35 @@ def tests(out, *reports):
 
 
 def sanitizers(out, *logs):
+    """Errors by the kernel that they are in: only those of the namespace kernels::cuda are ours; what the host did is
+    ours too. `not_printed` came behind the tool's limit."""
     tools, problems = {}, []
     for name, path in pairs(logs):
         content = pathlib.Path(path).read_text(errors="replace")
-        found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error", content)
-        tool = tools.setdefault(name, {"errors": 0, "tests": 0})
-        tool["errors"] += sum(int(a or b) for a, b in found)
+        found = re.findall(r"ERROR SUMMARY: ([\d,]+) error|RACECHECK SUMMARY: [\d,]+ hazards? displayed \(([\d,]+) error", content)
+        tool = tools.setdefault(name, {"tests": 0, "errors": 0, "of_the_host": 0, "not_printed": 0, "in_libraries": {}})
+        places = [re.sub(r"^void |[<+(].*", "", p) or p for p in re.findall(r"=========     at (.+)", content)]
+        for place in places:
+            if "kernels::cuda" in place:
+                tool["errors"] += 1
+            else:
+                tool["in_libraries"][place] = tool["in_libraries"].get(place, 0) + 1
+        host = content.count("========= Host API memory access error")
+        tool["of_the_host"] += host
         tool["tests"] += sum(int(n) for n in re.findall(r"\[  PASSED  \] (\d+) test", content))
+        counted = sum(int((x or y).replace(",", "")) for x, y in found)
+        tool["not_printed"] += max(counted - len(places) - host, 0)
         if not found:
             problems.append(f"{path} does not end with a summary")
         elif "[  FAILED  ]" in content:
             problems.append(f"{path}: tests failed")
-    problems += [f"{name}: {tool['errors']} errors" for name, tool in tools.items() if tool["errors"]]
-    problems += [f"{name}: no test passed" for name, tool in tools.items() if not tool["tests"]]
-    write(out, {"tools": tools})
+    for name, tool in tools.items():
+        ours = tool["errors"] + tool["of_the_host"]
+        if ours or tool["not_printed"]:
+            problems.append(f"{name}: {ours} errors, {tool['not_printed']} more not printed")
+        if not tool["tests"]:
+            problems.append(f"{name}: no test passed")
+    write(out, {"tools": tools, "problems": problems})
     return finish("compute-sanitizer, " + ", ".join(f"{n}: {t['tests']} tests" for n, t in tools.items()), problems)
 
 
