@@ -185,14 +185,19 @@ def gpu_decoding():
 
 def gpu_proofs():
     table = []
-    parity, tools = read("gpu_parity.json"), read("gpu_sanitize.json").get("tools")
+    parity, sanitized = read("gpu_parity.json"), read("gpu_sanitize.json")
     if parity:
         gpus = f"{parity['gpus']} GPU{'s' * (parity['gpus'] > 1)}"
         passed = f"{parity['passed']} passed, {parity['skipped']} skipped, {len(parity['failed'])} failed"
         table.append((f"tests that need a GPU, on {gpus}", passed, "", "", "none fails"))
-    if tools:
-        found = ", ".join(f"{name} {tool['errors']}" for name, tool in tools.items())
-        table.append(("errors under compute-sanitizer", found, "", "", "0"))
+    if sanitized:
+        tools = sanitized["tools"]
+        found = ", ".join(f"{n} {t['errors'] + t['of_the_host']} in {t['tests']} tests" for n, t in tools.items())
+        cut = sum("summary" in problem for problem in sanitized["problems"])
+        found += f"; {cut} parts ran out of time" * (cut > 0)
+        theirs = ", ".join(name for name, tool in tools.items() if tool["in_libraries"])
+        cell = f"inside the libraries' own kernels: {theirs}" if theirs else ""
+        table.append(("errors of our kernels under compute-sanitizer", found, cell, "", "0"))
     losses, precision = read("gpu_losses.json"), read("gpu_precision.json")
     if losses:
         work = f"losses of {losses['steps']} steps from PyTorch's weights, largest relative difference"
