@@ -8,6 +8,9 @@
 //
 // Sharded, the buffer is cut into equal shards, one for each rank in order, and only a shard's owner gets its
 // sums: the reduce-scatter of ZeRO.
+//
+// What lies ahead of the first layer (embeddings) becomes final last and at once. A bucket that held some of
+// it and some of the layers would keep those waiting, so buckets are cut there.
 #include <memory>
 #include <vector>
 
@@ -15,12 +18,17 @@
 
 namespace comm {
 
+struct Buckets {
+  size_t bytes;         // at least this much is sent at once; what would be left over joins its neighbour
+  int64_t shard = 0;    // elements of a shard, where buckets end too; 0: not sharded
+  int64_t last = 0;     // the first elements, which become final last
+  bool joined = false;  // neighbours that become whole together are sent as one, as suits a GPU
+};
+
 class GradientReducer {
  public:
-  // gradients: dense (P) fp32 or fp64, the same length on every rank. bucket_bytes: at least this much is
-  // sent at once; what would be left over as a smaller bucket joins its neighbour. shard: elements of a
-  // shard; 0: not sharded. Buckets end where a shard does.
-  GradientReducer(Communicator& communicator, Tensor gradients, size_t bucket_bytes, int64_t shard = 0);
+  // gradients: dense (P) fp32 or fp64, the same length on every rank.
+  GradientReducer(Communicator& communicator, Tensor gradients, const Buckets& buckets);
   void ready(int64_t begin);
   void progress();
   void finish();
@@ -33,6 +41,7 @@ class GradientReducer {
   Communicator& communicator_;
   Tensor gradients_;
   int64_t shard_;
+  bool joined_;
   std::vector<std::pair<int64_t, int64_t>> buckets_;
   std::vector<std::unique_ptr<Request>> in_flight_;
   size_t next_ = 0;

@@ -131,7 +131,7 @@ void test_sharded_gradients(Communicator& world) {
   const int64_t even = (kParameters + world.size() - 1) / world.size();
   for (int64_t shard : {even, even + 5000, kParameters}) {
     std::vector<float> gradients = values_of<float>(world.rank(), kParameters, 70);
-    comm::GradientReducer reducer(world, view(gradients), 8000, shard);
+    comm::GradientReducer reducer(world, view(gradients), {.bytes = 8000, .shard = shard});
     for (int64_t end = kParameters; end > 0; end -= 6007) {
       reducer.ready(std::max<int64_t>(0, end - 6007));
       reducer.progress();
@@ -157,7 +157,7 @@ void test_gradient_reducer(Communicator& world) {
   std::vector<float> gradients;
   for (size_t bucket_bytes : {size_t{801}, size_t{4000}, size_t{65536}, size_t{1} << 20}) {
     gradients.assign(kParameters, std::numeric_limits<float>::quiet_NaN());
-    comm::GradientReducer reducer(world, view(gradients), bucket_bytes);
+    comm::GradientReducer reducer(world, view(gradients), {.bytes = bucket_bytes});
     for (uint32_t step = 0; step < 2; ++step) {
       const std::vector<float> mine = values_of<float>(world.rank(), kParameters, 60 + step);
       // Layer by layer from the end; the layers' bounds are not the buckets'.

@@ -47,7 +47,8 @@ TEST(GradientReducer, BucketsCoverEverythingOnceFromTheEnd) {
   for (int64_t parameters : {0, 1, 2, 99, 100, 101, 199, 200, 201, 12345})
     for (size_t bytes : {size_t{0}, size_t{1}, size_t{4}, size_t{399}, size_t{400}, size_t{1} << 30}) {
       std::vector<float> gradients(static_cast<size_t>(parameters));
-      const comm::GradientReducer reducer(ranks, Tensor(gradients.data(), DType::f32, {parameters}), bytes);
+      const comm::GradientReducer reducer(ranks, Tensor(gradients.data(), DType::f32, {parameters}),
+                                          {.bytes = bytes});
       int64_t end = parameters;
       for (const auto& [begin, last] : reducer.buckets()) {
         EXPECT_EQ(last, end);
@@ -65,7 +66,8 @@ TEST(GradientReducer, BucketsCoverEverythingOnceFromTheEnd) {
 TEST(GradientReducer, ABucketIsSentOnceItIsWholeAndNotBefore) {
   Recorder ranks;
   std::vector<float> gradients(1000);
-  comm::GradientReducer reducer(ranks, Tensor(gradients.data(), DType::f32, {1000}), 400);  // of 100 elements
+  comm::GradientReducer reducer(ranks, Tensor(gradients.data(), DType::f32, {1000}),
+                                {.bytes = 400});  // of 100 elements
   ASSERT_EQ(reducer.buckets().size(), 10u);
   for (int step = 1; step <= 2; ++step) {
     ranks.sent.clear();
@@ -92,7 +94,7 @@ TEST(GradientReducer, ShardsGoToTheirOwners) {
   Recorder ranks;
   std::vector<float> gradients(1000);
   const Tensor flat(gradients.data(), DType::f32, {1000});
-  comm::GradientReducer reducer(ranks, flat, 4 * 150, 600);
+  comm::GradientReducer reducer(ranks, flat, {.bytes = 4 * 150, .shard = 600});
   reducer.ready(700);
   EXPECT_EQ(ranks.sent.size(), 1u);  // [850, 1000) is whole, the rest of shard 1 is not
   reducer.finish();
@@ -101,13 +103,42 @@ TEST(GradientReducer, ShardsGoToTheirOwners) {
     sent.emplace_back(static_cast<const float*>(s.data) - gradients.data() + s.count, s.root);
   EXPECT_EQ(sent, (std::vector<std::pair<int64_t, int>>{
                       {1000, 1}, {850, 1}, {600, 0}, {450, 0}, {300, 0}, {150, 0}}));
-  EXPECT_THROW(comm::GradientReducer(ranks, flat, 4, 499), kernels::ShapeError);
+  EXPECT_THROW(comm::GradientReducer(ranks, flat, {.bytes = 4, .shard = 499}), kernels::ShapeError);
+}
+
+TEST(GradientReducer, WhatBecomesFinalLastKeepsNoOtherWaiting) {
+  Recorder ranks;
+  std::vector<float> gradients(1000);
+  const Tensor flat(gradients.data(), DType::f32, {1000});
+  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
+  const auto sent = [&] {
+    Ranges ranges;
+    for (const auto& s : ranks.sent) {
+      const int64_t begin = static_cast<const float*>(s.data) - gradients.data();
+      ranges.emplace_back(begin, begin + s.count);
+    }
+    ranks.sent.clear();
+    return ranges;
+  };
+  comm::GradientReducer apart(ranks, flat, {.bytes = 4 * 200, .last = 430});
+  apart.ready(430);
+  EXPECT_EQ(sent(), (Ranges{{800, 1000}, {430, 800}}));
+  apart.finish();
+  EXPECT_EQ(sent(), (Ranges{{230, 430}, {0, 230}}));
+  comm::GradientReducer joined(ranks, flat, {.bytes = 4 * 200, .last = 430, .joined = true});
+  joined.ready(800);
+  joined.ready(430);
+  joined.finish();
+  EXPECT_EQ(sent(), (Ranges{{800, 1000}, {430, 800}, {0, 430}}));
+  comm::GradientReducer sharded(ranks, flat, {.bytes = 4 * 100, .shard = 500, .last = 430, .joined = true});
+  sharded.finish();
+  EXPECT_EQ(sent(), (Ranges{{500, 1000}, {0, 500}})) << "one exchange for each owner";
 }
 
 TEST(GradientReducer, OneRankSendsNothing) {
   const auto alone = comm::make_local_communicator();
   std::vector<float> gradients{1.5f, -2.5f};
-  comm::GradientReducer reducer(*alone, Tensor(gradients.data(), DType::f32, {2}), 4);
+  comm::GradientReducer reducer(*alone, Tensor(gradients.data(), DType::f32, {2}), {.bytes = 4});
   reducer.ready(1);
   reducer.progress();
   reducer.finish();
@@ -118,7 +149,7 @@ TEST(GradientReducer, WhatCannotBeReducedIsRefused) {
   const auto alone = comm::make_local_communicator();
   std::vector<float> v(8);
   const Tensor half(v.data(), DType::f16, {4});
-  EXPECT_THROW(comm::GradientReducer(*alone, half, 4), kernels::ShapeError);
+  EXPECT_THROW(comm::GradientReducer(*alone, half, {.bytes = 4}), kernels::ShapeError);
   EXPECT_THROW(alone->all_reduce(half, comm::Reduce::sum), kernels::ShapeError);
   const Tensor strided = Tensor(v.data(), DType::f32, {2, 4}).columns(0, 2);
   EXPECT_THROW(alone->all_reduce(strided, comm::Reduce::sum), kernels::ShapeError);

@@ -137,7 +137,8 @@ void compare_buckets(const Job& job, int64_t shard) {
   constexpr int64_t kParameters = 1 << 20;
   const int size = job.ranks.size(), rank = job.ranks.rank();
   OnGpu<float> gradients(job.device, job.stream, values_of<float>(rank, kParameters, 60));
-  comm::GradientReducer reducer(job.ranks, gradients.tensor(), 200000, shard);
+  comm::GradientReducer reducer(job.ranks, gradients.tensor(),
+                                {.bytes = 200000, .shard = shard, .last = 300000, .joined = true});
   const auto step = [&] {
     gradients.upload();
     for (int64_t begin = kParameters; begin > 0; begin -= 60007) {

@@ -168,6 +168,8 @@ int64_t Model::vocabulary() const { return impl_->vocabulary; }
 int64_t Model::width() const { return impl_->config.model.width; }
 const std::vector<HeadLoss>& Model::losses() const { return impl_->losses; }
 
+int64_t Model::last_gradients() const { return impl_->begin(impl_->trunk.first_layer()); }
+
 int64_t Model::offsets() const {
   int64_t furthest = 0;
   for (const HeadLoss& loss : impl_->losses) furthest = std::max(furthest, loss.offset);

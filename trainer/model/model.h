@@ -69,6 +69,9 @@ class Model {
   const configs::Config& config() const;
   int64_t vocabulary() const;
   int64_t width() const;
+  // Gradients of the first elements, which become final last and all at once: of all ahead of the first
+  // layer.
+  int64_t last_gradients() const;
   // The losses in the order of forward_backward's loss_sums; K = 1 + the largest offset.
   const std::vector<HeadLoss>& losses() const;
   int64_t offsets() const;

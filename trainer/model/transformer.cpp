@@ -93,6 +93,8 @@ void Transformer::backward(const Context& ctx, const Tensor& tokens, const RowPl
   gradients_final(0);
 }
 
+int Transformer::first_layer() const { return static_cast<int>(blocks_.front().first_parameter()); }
+
 Transformer::States Transformer::make_states(const Context& ctx, int64_t batch, int64_t capacity) const {
   if (positions_ >= 0) {
     const int64_t context = store_.parameters()[static_cast<size_t>(positions_)].shape[0];

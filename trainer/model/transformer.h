@@ -35,6 +35,7 @@ class Transformer {
   void pack(const Context& ctx, kernels::Arena& panels);
   int64_t weight_bytes() const;
   int embedding() const { return embedding_; }
+  int first_layer() const;  // its first parameter
 
  private:
   int64_t begin(int parameter) const;

@@ -118,9 +118,11 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   const ParameterStore& store = model.parameters();
   segments_ = store.segments();
   shard_segments_ = store.shard_segments();
-  reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients,
-                                                     bucket_bytes(config, ctx.device),
-                                                     store.sharded() ? store.shard_elements() : 0);
+  const comm::Buckets buckets{.bytes = bucket_bytes(config, ctx.device),
+                              .shard = store.sharded() ? store.shard_elements() : 0,
+                              .last = model.last_gradients(),
+                              .joined = ctx.device.is_cuda()};
+  reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients, buckets);
   set_state(initial_state(config));
 }
 
