@@ -13,7 +13,11 @@ inline void check_launch(const char* operation) { check(cudaGetLastError(), oper
 
 inline cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream.handle); }
 
+// Of the current device.
+int device_attribute(cudaDeviceAttr which);
 // Streaming multiprocessors of the current device.
-int multiprocessors();
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// Bytes of shared memory that a block can ask for there.
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 }  // namespace kernels::cuda

@@ -162,15 +162,6 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) *total += sum;
 }
 
-// Shared memory a block can ask for on the current device.
-size_t shared_limit() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "reading the current GPU");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "reading a GPU's properties");
-  return static_cast<size_t>(bytes);
-}
-
 template <typename T>
 void launch(const Context& ctx, const Tensor& logits, const Entropy& e) {
   constexpr size_t kReserved = 1024;  // static and system
@@ -180,7 +171,7 @@ void launch(const Context& ctx, const Tensor& logits, const Entropy& e) {
   const auto blocks = static_cast<unsigned>(logits.rows());
   const size_t bytes = vectors * sizeof(Vector<T, kVectorElements<T>>);
   auto* data = static_cast<T*>(logits.data);
-  if (e.seed && bytes + kReserved <= shared_limit()) {
+  if (e.seed && bytes + kReserved <= static_cast<size_t>(shared_memory_limit())) {
     const auto kernel = entropy_kernel<T, true>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
           "cross_entropy");

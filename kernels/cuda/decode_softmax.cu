@@ -277,14 +277,6 @@ struct Grid {
   Layout at;
 };
 
-int largest_memory() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "reading the current GPU");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "reading a GPU's properties");
-  return bytes;
-}
-
 // Whether blocks can share a tile: code for older architectures, translated for this GPU, has no clusters.
 bool shares_tiles() {
   static const bool compiled = [] {
@@ -313,7 +305,7 @@ Grid grid_of(int64_t group, int64_t rows, int64_t capacity, int64_t width, int64
   const int64_t most = std::min(rows, kMaxDecodeRows);
   g.rows = static_cast<int>(std::min<int64_t>(kQueries / g.row_queries, most));
   g.tiles = (most + g.rows - 1) / g.rows * g.parts;
-  const int chunks = static_cast<int>(capacity / kChunk), available = largest_memory();
+  const int chunks = static_cast<int>(capacity / kChunk), available = shared_memory_limit();
   for (g.warps = kMostWarps;; g.warps /= 2) {
     g.shift = shift_of(g, chunks, g.tiles * key_heads);
     g.at = layout_of(static_cast<int>(width), g.warps, kQueries >> g.shift, static_cast<int>(most),
@@ -359,7 +351,7 @@ bool eligible(const DecodeCall& c) {
   if (c.q.dtype == DType::f32 || (width != 32 && width != 64 && width != 128)) return false;
   for (const Tensor* x : {&c.q, &c.k, &c.v, &c.o, &c.cache_k, &c.cache_v})
     if (reinterpret_cast<uintptr_t>(x->data) % 16 != 0 || x->row_stride % 8 != 0) return false;
-  return layout_of(static_cast<int>(width), 1, kQueries, kMaxDecodeRows, true).bytes <= largest_memory();
+  return layout_of(static_cast<int>(width), 1, kQueries, kMaxDecodeRows, true).bytes <= shared_memory_limit();
 }
 
 }  // namespace

@@ -19,11 +19,11 @@ void check(cudaError_t status, const char* what) {
   throw DeviceError(fmt::format("{}: {}", what, cudaGetErrorString(status)));
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
+int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "reading the current GPU");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "reading a GPU's properties");
-  return count;
+  check(cudaDeviceGetAttribute(&value, which, device), "reading a GPU's properties");
+  return value;
 }
 
 int device_count() {

@@ -84,11 +84,7 @@ void visit(DType compute, int width, Fn&& fn) {
 }  // namespace
 
 bool tile_memory_fits(int64_t width) {
-  int device = 0, most = 0;
-  check(cudaGetDevice(&device), "reading the current GPU");
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "reading a GPU's properties");
-  return most >= (width == 128 ? kSharedBytes<128> : kSharedBytes<64>);
+  return shared_memory_limit() >= (width == 128 ? kSharedBytes<128> : kSharedBytes<64>);
 }
 
 SweepPlan tile_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t width) {

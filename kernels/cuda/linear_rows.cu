@@ -244,21 +244,13 @@ void launch_stream(const Context& ctx, const RowsCall& a) {
          kernel, a);
 }
 
-unsigned most_shared() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "reading the current GPU");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "reading a GPU's properties");
-  return static_cast<unsigned>(bytes);
-}
-
 // False where the other form has to do it.
 template <typename T>
 bool run_stream(const Context& ctx, const RowsCall& a) {
   constexpr int kMany = 4;  // panels of a multiprocessor
   if (a.rows <= kGroup || a.panels <= kMany * multiprocessors() || a.gelu || a.residual) return false;
   if (a.slices > (has_clusters() ? kMostCluster : 1)) return false;
-  const unsigned most = most_shared();
+  const auto most = static_cast<unsigned>(shared_memory_limit());
   if (a.rows > 32 && stream_shared(a.tiles, 8) <= most)
     launch_stream<T, 8>(ctx, a);
   else if (stream_shared(a.tiles, 4) <= most)
