@@ -3,9 +3,8 @@
 //
 //   forward    y (N, O) = x (N, I) W^T + b          W (O, I), b (O) or absent
 //   backward   dx (N, I)  = dy W                    written, or accumulated with += on request
-//              dW (O, I) += dy^T x                  accumulated, or written on request, in the main type
-//              (fp32)
-//              db (O)    += sum over rows of dy     accumulated, in the main type
+//              dW (O, I) += dy^T x                  accumulated, or written on request
+//              db (O)    += sum over rows of dy     accumulated; both in the main type (fp32)
 //
 // and the same fused with GPT-2's activation (gelu of ops/activation.h), for an MLP y2 = gelu(x W1^T) W2^T:
 //

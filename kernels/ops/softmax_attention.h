@@ -10,9 +10,9 @@
 // 2022 (tiling).
 //
 // Decoding: the step's k, v rows are written to the cache at slots lengths[b] + j; each row then reads every
-// committed slot and, of the step's own, its ancestors. Sums run over slots in ascending order, so a row's
-// result does not depend on the other rows of the step. cache_k, cache_v (B, capacity, Hk, D). commit moves
-// the accepted rows' slots to lengths[b], lengths[b] + 1, ...
+// committed slot and, of the step's own, its ancestors. The order of sums is given by the number of slots
+// alone, so a row's result does not depend on the other rows of the step. cache_k, cache_v (B, capacity, Hk,
+// D). commit moves the accepted rows' slots to lengths[b], lengths[b] + 1, ...
 #include "kernels/core/context.h"
 #include "kernels/ops/decode_rows.h"
 

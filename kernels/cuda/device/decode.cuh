@@ -1,8 +1,8 @@
 #pragma once
 // Attention of a few rows over stored ones: what its kernels share. A row's visible slots form a list: the
 // committed ones, then its ancestors and itself. The list is cut into chunks of kChunk places from place 0
-// on; each chunk gives a maximum, a sum and a weighted sum of values, and these are taken in ascending order.
-// Every sum depends on list places alone, so a row's result is the same bits alone, in a chain or in a tree,
+// on; each chunk gives a maximum, a sum and a weighted sum of values, and a kernel takes these in an order
+// that is given by their number alone. So a row's result is the same bits alone, in a chain or in a tree,
 // however the chunks are shared out.
 #include <cmath>
 #include <cstdint>

@@ -1,6 +1,7 @@
 #pragma once
-// How the norm kernels spread groups of rows over threads: blocks stay and take rows in turn, and the next
-// rows are on their way to shared memory while one is worked on.
+// How the norm kernels spread groups of rows over threads, their sums, and what the backward has besides: its
+// blocks stay and take rows in turn, and the next rows are on their way to shared memory while one is worked
+// on.
 #include <initializer_list>
 
 #include "kernels/core/tensor.h"
