@@ -79,6 +79,7 @@ std::vector<double> metric(const fs::path& run, const std::string& key) {
   std::ifstream in(run / "metrics.jsonl");
   std::string line;
   while (std::getline(in, line)) {
+    if (in.eof()) break;  // a kill cuts the last line short
     const auto json = nlohmann::json::parse(line);
     if (!json.contains(key)) continue;
     values.push_back(json[key].is_boolean() ? (json[key].get<bool>() ? 1.0 : 0.0) : json[key].get<double>());

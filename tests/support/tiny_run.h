@@ -20,7 +20,7 @@ void prepare_tiny_data(const std::filesystem::path& folder);
 configs::Config tiny_config(const std::filesystem::path& folder);
 // Every tensor of the newest checkpoint of a run, byte for byte.
 std::map<std::string, std::vector<char>> stored_state(const std::filesystem::path& run);
-// The value of `key` on every line of RUN/metrics.jsonl that has it.
+// The value of `key` on every whole line of RUN/metrics.jsonl that has it.
 std::vector<double> metric(const std::filesystem::path& run, const std::string& key);
 
 }  // namespace support
