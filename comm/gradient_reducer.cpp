@@ -8,42 +8,85 @@
 
 namespace comm {
 
-GradientReducer::GradientReducer(Communicator& communicator, Tensor gradients, const Buckets& buckets)
-    : communicator_(communicator), gradients_(gradients), shard_(buckets.shard), joined_(buckets.joined) {
-  const int64_t shard = buckets.shard;
-  check_reducible("gradient reducer", gradients);
-  if (shard < 0 || (shard > 0 && shard * communicator.size() < gradients.numel()))
-    throw kernels::ShapeError(fmt::format("gradient reducer: {} shards of {} elements do not hold {}",
-                                          communicator.size(), shard, to_string(gradients)));
-  const auto element = static_cast<int64_t>(kernels::size_of(gradients.dtype));
-  const int64_t bucket = std::max<int64_t>(1, (static_cast<int64_t>(buckets.bytes) + element - 1) / element);
-  int64_t end = gradients.numel();
-  while (end > 0) {
-    const int64_t bottom =
-        std::max(shard > 0 ? (end - 1) / shard * shard : 0, end > buckets.last ? buckets.last : 0);
-    // What would be left over for a bucket of less than the minimum joins this one.
-    const int64_t begin = end - bottom >= 2 * bucket ? end - bucket : bottom;
-    buckets_.emplace_back(begin, end);
-    end = begin;
+namespace {
+
+void check_parts(std::vector<GradientRange> parts, int64_t elements) {
+  std::sort(parts.begin(), parts.end());
+  int64_t covered = 0;
+  for (const auto& [begin, end] : parts) {
+    if (begin != covered || end < begin) break;
+    covered = end;
   }
+  if (covered != elements)
+    throw kernels::ShapeError(
+        fmt::format("gradient reducer: the parts do not cover {} elements once each", elements));
+}
+
+}  // namespace
+
+GradientReducer::GradientReducer(Communicator& communicator, Tensor gradients,
+                                 const std::vector<GradientRange>& parts, const Buckets& buckets)
+    : communicator_(communicator), gradients_(gradients), shard_(buckets.shard), parts_(parts) {
+  check_reducible("gradient reducer", gradients);
+  check_parts(parts, gradients.numel());
+  if (shard_ < 0 || (shard_ > 0 && shard_ * communicator.size() < gradients.numel()))
+    throw kernels::ShapeError(fmt::format("gradient reducer: {} shards of {} elements do not hold {}",
+                                          communicator.size(), shard_, to_string(gradients)));
+  cut(buckets);
   in_flight_.reserve(buckets_.size());
 }
 
-void GradientReducer::send(int64_t begin, int64_t end) {
-  const Tensor bucket = gradients_.slice(begin, end - begin);
-  in_flight_.push_back(shard_ > 0
-                           ? communicator_.reduce_async(bucket, Reduce::sum, static_cast<int>(begin / shard_))
-                           : communicator_.all_reduce_async(bucket, Reduce::sum));
+void GradientReducer::cut(const Buckets& buckets) {
+  const auto element = static_cast<int64_t>(kernels::size_of(gradients_.dtype));
+  const int64_t enough = std::max<int64_t>(1, (static_cast<int64_t>(buckets.bytes) + element - 1) / element);
+  GradientRange run{0, 0};  // parts, each below the one ahead of it, that no bucket holds yet
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    const auto [begin, end] = parts_[i];
+    if (end != run.first) {
+      add(run, i - 1);
+      run.second = end;
+    }
+    run.first = begin;
+    while (run.second - run.first >= enough) {
+      const int64_t bottom = buckets.joined ? run.first : run.second - enough;
+      add({bottom, run.second}, i);
+      run.second = bottom;
+    }
+  }
+  add(run, parts_.size() - 1);
 }
 
-void GradientReducer::ready(int64_t begin) {
-  const auto owner = [&](int64_t element) { return shard_ > 0 ? element / shard_ : 0; };
-  while (next_ < buckets_.size() && buckets_[next_].first >= begin) {
-    auto [first, end] = buckets_[next_++];
-    while (joined_ && next_ < buckets_.size() && buckets_[next_].first >= begin &&
-           owner(buckets_[next_].first) == owner(first))
-      first = buckets_[next_++].first;
-    if (communicator_.size() > 1) send(first, end);
+void GradientReducer::add(GradientRange range, size_t part) {
+  while (range.second > range.first) {
+    const int64_t shard = shard_ > 0 ? (range.second - 1) / shard_ * shard_ : 0;
+    const int64_t bottom = std::max(range.first, shard);
+    buckets_.push_back({{bottom, range.second}, part});
+    range.second = bottom;
+  }
+}
+
+std::vector<GradientRange> GradientReducer::buckets() const {
+  std::vector<GradientRange> ranges;
+  for (const Bucket& bucket : buckets_) ranges.push_back(bucket.range);
+  return ranges;
+}
+
+void GradientReducer::ready(GradientRange part) {
+  if (final_ == parts_.size() || parts_[final_] != part)
+    throw kernels::ShapeError(fmt::format("gradient reducer: [{}, {}) is not part {} of the gradients",
+                                          part.first, part.second, final_));
+  ++final_;
+  send_whole();
+}
+
+void GradientReducer::send_whole() {
+  for (; next_ < buckets_.size() && buckets_[next_].part < final_; ++next_) {
+    if (communicator_.size() == 1) continue;
+    const auto [begin, end] = buckets_[next_].range;
+    const Tensor bucket = gradients_.slice(begin, end - begin);
+    in_flight_.push_back(
+        shard_ > 0 ? communicator_.reduce_async(bucket, Reduce::sum, static_cast<int>(begin / shard_))
+                   : communicator_.all_reduce_async(bucket, Reduce::sum));
   }
 }
 
@@ -53,10 +96,11 @@ void GradientReducer::progress() {
 }
 
 void GradientReducer::finish() {
-  ready(0);
+  final_ = parts_.size();
+  send_whole();
   for (auto& request : in_flight_) request->wait();
   in_flight_.clear();
-  next_ = 0;
+  final_ = next_ = 0;
 }
 
 }  // namespace comm

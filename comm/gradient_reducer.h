@@ -1,50 +1,62 @@
 #pragma once
-// Sums the gradients of all ranks in buckets while the backward still runs. The flat gradient buffer is cut
-// into buckets from its end, since the backward finishes the last parameters first. The trainer calls
-// ready(begin) whenever every gradient at or beyond element `begin` is final; buckets that have become whole
-// are sent. progress() moves data along (MPI advances mostly inside its own calls), throws when the group has
-// failed, and is called between layers and while waiting for a GPU; finish() sends what is left, waits for
-// all and begins anew. With one rank nothing is sent.
+// Sums the gradients of all ranks in buckets while the backward still runs. The trainer says beforehand in
+// which order parts of the flat gradient buffer become final, and calls ready() for one after the other;
+// buckets that have become whole are sent. progress() moves data along (MPI advances mostly inside its own
+// calls), throws when the group has failed, and is called between layers and while waiting for a GPU;
+// finish() sends what is left, waits for all and begins anew. With one rank nothing is sent.
+//
+// Buckets and their order follow from the parts alone, not from when they are announced: ranks agree on them
+// even where one of them had nothing to compute. A part that does not end where the one ahead of it begins
+// starts a new bucket: what the backward leaves for its end keeps nothing else waiting.
 //
 // Sharded, the buffer is cut into equal shards, one for each rank in order, and only a shard's owner gets its
 // sums: the reduce-scatter of ZeRO.
-//
-// What lies ahead of the first layer (embeddings) becomes final last and at once. A bucket that held some of
-// it and some of the layers would keep those waiting, so buckets are cut there.
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "comm/communicator.h"
 
 namespace comm {
 
+// Elements [first, second) of the gradient buffer.
+using GradientRange = std::pair<int64_t, int64_t>;
+
 struct Buckets {
-  size_t bytes;         // at least this much is sent at once; what would be left over joins its neighbour
+  size_t bytes;         // enough to be sent
   int64_t shard = 0;    // elements of a shard, where buckets end too; 0: not sharded
-  int64_t last = 0;     // the first elements, which become final last
-  bool joined = false;  // neighbours that become whole together are sent as one, as suits a GPU
+  bool joined = false;  // what has become whole goes as one however large, as suits a GPU
 };
 
 class GradientReducer {
  public:
-  // gradients: dense (P) fp32 or fp64, the same length on every rank.
-  GradientReducer(Communicator& communicator, Tensor gradients, const Buckets& buckets);
-  void ready(int64_t begin);
+  // gradients: dense (P) fp32 or fp64, the same length on every rank. `parts` in the order in which they
+  // become final: every element is in one of them.
+  GradientReducer(Communicator& communicator, Tensor gradients, const std::vector<GradientRange>& parts,
+                  const Buckets& buckets);
+  // The next part, which has to be `part`, is final.
+  void ready(GradientRange part);
   void progress();
   void finish();
-  // Elements [begin, end) of each bucket in the order they are sent; for tests and the plan.
-  const std::vector<std::pair<int64_t, int64_t>>& buckets() const { return buckets_; }
+  // What is sent, in this order; for tests.
+  std::vector<GradientRange> buckets() const;
 
  private:
-  void send(int64_t begin, int64_t end);
+  struct Bucket {
+    GradientRange range;
+    size_t part;  // the last of its parts
+  };
+  void cut(const Buckets& buckets);
+  void add(GradientRange range, size_t part);
+  void send_whole();
 
   Communicator& communicator_;
   Tensor gradients_;
   int64_t shard_;
-  bool joined_;
-  std::vector<std::pair<int64_t, int64_t>> buckets_;
+  std::vector<GradientRange> parts_;
+  std::vector<Bucket> buckets_;
   std::vector<std::unique_ptr<Request>> in_flight_;
-  size_t next_ = 0;
+  size_t final_ = 0, next_ = 0;  // parts that are final; buckets that were sent
 };
 
 }  // namespace comm

@@ -13,6 +13,7 @@ using comm::Reduce;
 using kernels::Tensor;
 using ranks::expect;
 using ranks::failures;
+using ranks::layers;
 using ranks::reduced;
 using ranks::values_of;
 
@@ -131,9 +132,11 @@ void test_sharded_gradients(Communicator& world) {
   const int64_t even = (kParameters + world.size() - 1) / world.size();
   for (int64_t shard : {even, even + 5000, kParameters}) {
     std::vector<float> gradients = values_of<float>(world.rank(), kParameters, 70);
-    comm::GradientReducer reducer(world, view(gradients), {.bytes = 8000, .shard = shard});
-    for (int64_t end = kParameters; end > 0; end -= 6007) {
-      reducer.ready(std::max<int64_t>(0, end - 6007));
+    auto parts = layers(kParameters, 6007);
+    std::iter_swap(parts.end() - 1, parts.end() - 2);
+    comm::GradientReducer reducer(world, view(gradients), parts, {.bytes = 8000, .shard = shard});
+    for (const auto& part : parts) {
+      reducer.ready(part);
       reducer.progress();
     }
     reducer.finish();
@@ -157,16 +160,15 @@ void test_gradient_reducer(Communicator& world) {
   std::vector<float> gradients;
   for (size_t bucket_bytes : {size_t{801}, size_t{4000}, size_t{65536}, size_t{1} << 20}) {
     gradients.assign(kParameters, std::numeric_limits<float>::quiet_NaN());
-    comm::GradientReducer reducer(world, view(gradients), {.bytes = bucket_bytes});
+    // The layers' bounds are not the buckets'.
+    const auto parts = layers(kParameters, 6007);
+    comm::GradientReducer reducer(world, view(gradients), parts, {.bytes = bucket_bytes});
     for (uint32_t step = 0; step < 2; ++step) {
       const std::vector<float> mine = values_of<float>(world.rank(), kParameters, 60 + step);
-      // Layer by layer from the end; the layers' bounds are not the buckets'.
-      for (int64_t end = kParameters; end > 0;) {
-        const int64_t begin = std::max<int64_t>(0, end - 6007);
+      for (const auto& [begin, end] : parts) {
         std::copy(mine.begin() + begin, mine.begin() + end, gradients.begin() + begin);
-        reducer.ready(begin);
+        reducer.ready({begin, end});
         reducer.progress();
-        end = begin;
       }
       reducer.finish();
       expect(same_bits(gradients, reduced<float>(world.size(), kParameters, 60 + step, Reduce::sum)),

@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <stdexcept>
+
+#include "tests/comm/rank_values.h"
 
 namespace {
 
@@ -42,114 +45,143 @@ class Recorder final : public comm::Communicator {
   int waits = 0;
 };
 
-TEST(GradientReducer, BucketsCoverEverythingOnceFromTheEnd) {
-  Recorder ranks;
-  for (int64_t parameters : {0, 1, 2, 99, 100, 101, 199, 200, 201, 12345})
-    for (size_t bytes : {size_t{0}, size_t{1}, size_t{4}, size_t{399}, size_t{400}, size_t{1} << 30}) {
-      std::vector<float> gradients(static_cast<size_t>(parameters));
-      const comm::GradientReducer reducer(ranks, Tensor(gradients.data(), DType::f32, {parameters}),
-                                          {.bytes = bytes});
-      int64_t end = parameters;
-      for (const auto& [begin, last] : reducer.buckets()) {
-        EXPECT_EQ(last, end);
-        EXPECT_LT(begin, last);
-        EXPECT_GE(begin, 0);
-        if (begin > 0 || last < parameters) {
-          EXPECT_GE(static_cast<size_t>(last - begin) * 4, bytes);
-        }
-        end = begin;
-      }
-      EXPECT_EQ(end, 0) << parameters << " in buckets of " << bytes;
+using Ranges = std::vector<comm::GradientRange>;
+
+class GradientReducer : public testing::Test {
+ protected:
+  comm::GradientReducer reducer(const Ranges& parts, const comm::Buckets& buckets) {
+    return {ranks_, Tensor(gradients_.data(), DType::f32, {1000}), parts, buckets};
+  }
+  // What was sent since the last call.
+  Ranges sent() {
+    Ranges ranges;
+    for (const auto& s : ranks_.sent) {
+      const int64_t begin = static_cast<const float*>(s.data) - gradients_.data();
+      ranges.emplace_back(begin, begin + s.count);
     }
+    ranks_.sent.clear();
+    return ranges;
+  }
+
+  Recorder ranks_;
+  std::vector<float> gradients_ = std::vector<float>(1000);
+};
+
+TEST_F(GradientReducer, BucketsCoverEverythingOnceFromTheEnd) {
+  for (int64_t parameters : {0, 1, 2, 99, 100, 101, 199, 200, 201, 12345})
+    for (int64_t part : {1, 37, 1000, 20000})
+      for (size_t bytes : {size_t{0}, size_t{1}, size_t{4}, size_t{399}, size_t{400}, size_t{1} << 30})
+        for (bool joined : {false, true}) {
+          std::vector<float> gradients(static_cast<size_t>(parameters));
+          const comm::GradientReducer reducer(ranks_, Tensor(gradients.data(), DType::f32, {parameters}),
+                                              ranks::layers(parameters, part),
+                                              {.bytes = bytes, .joined = joined});
+          int64_t end = parameters;
+          for (const auto& [begin, last] : reducer.buckets()) {
+            EXPECT_EQ(last, end);
+            EXPECT_LT(begin, last);
+            if (begin > 0) {
+              EXPECT_GE(static_cast<size_t>(last - begin) * 4, bytes);
+            }
+            end = begin;
+          }
+          EXPECT_EQ(end, 0) << parameters << " in buckets of " << bytes;
+        }
 }
 
-TEST(GradientReducer, ABucketIsSentOnceItIsWholeAndNotBefore) {
-  Recorder ranks;
-  std::vector<float> gradients(1000);
-  comm::GradientReducer reducer(ranks, Tensor(gradients.data(), DType::f32, {1000}),
-                                {.bytes = 400});  // of 100 elements
-  ASSERT_EQ(reducer.buckets().size(), 10u);
+TEST_F(GradientReducer, ABucketIsSentOnceItIsWholeAndNotBefore) {
+  const Ranges parts{{901, 1000}, {900, 901}, {650, 900}, {0, 650}}, all = ranks::layers(1000, 100);
+  comm::GradientReducer reducer = this->reducer(parts, {.bytes = 400});  // of 100 elements
+  EXPECT_EQ(reducer.buckets(), all);
   for (int step = 1; step <= 2; ++step) {
-    ranks.sent.clear();
-    reducer.ready(901);
-    EXPECT_EQ(ranks.sent.size(), 0u);
-    reducer.ready(900);
-    EXPECT_EQ(ranks.sent.size(), 1u);
-    reducer.ready(900);
+    reducer.ready(parts[0]);
+    EXPECT_EQ(ranks_.sent.size(), 0u);
+    reducer.ready(parts[1]);
+    EXPECT_EQ(ranks_.sent.size(), 1u);
     reducer.progress();
-    EXPECT_EQ(ranks.sent.size(), 1u);
-    reducer.ready(650);
-    EXPECT_EQ(ranks.sent.size(), 3u);
+    EXPECT_EQ(ranks_.sent.size(), 1u);
+    reducer.ready(parts[2]);
+    EXPECT_EQ(ranks_.sent.size(), 3u);
+    EXPECT_THROW(reducer.ready(parts[2]), kernels::ShapeError);
     reducer.finish();
-    ASSERT_EQ(ranks.sent.size(), 10u);
-    EXPECT_EQ(ranks.waits, 10 * step);
-    for (size_t i = 0; i < 10; ++i) {
-      EXPECT_EQ(ranks.sent[i].data, gradients.data() + (9 - i) * 100);
-      EXPECT_EQ(ranks.sent[i].count, 100);
-    }
+    EXPECT_EQ(ranks_.waits, 10 * step);
+    EXPECT_EQ(sent(), all);
   }
 }
 
-TEST(GradientReducer, ShardsGoToTheirOwners) {
-  Recorder ranks;
-  std::vector<float> gradients(1000);
-  const Tensor flat(gradients.data(), DType::f32, {1000});
-  comm::GradientReducer reducer(ranks, flat, {.bytes = 4 * 150, .shard = 600});
-  reducer.ready(700);
-  EXPECT_EQ(ranks.sent.size(), 1u);  // [850, 1000) is whole, the rest of shard 1 is not
+TEST_F(GradientReducer, ShardsGoToTheirOwners) {
+  comm::GradientReducer reducer = this->reducer({{700, 1000}, {0, 700}}, {.bytes = 4 * 150, .shard = 600});
+  reducer.ready({700, 1000});
+  EXPECT_EQ(ranks_.sent.size(), 2u);
   reducer.finish();
   std::vector<std::pair<int64_t, int>> sent;  // end and owner
-  for (const auto& s : ranks.sent)
-    sent.emplace_back(static_cast<const float*>(s.data) - gradients.data() + s.count, s.root);
+  for (const auto& s : ranks_.sent)
+    sent.emplace_back(static_cast<const float*>(s.data) - gradients_.data() + s.count, s.root);
   EXPECT_EQ(sent, (std::vector<std::pair<int64_t, int>>{
-                      {1000, 1}, {850, 1}, {600, 0}, {450, 0}, {300, 0}, {150, 0}}));
-  EXPECT_THROW(comm::GradientReducer(ranks, flat, {.bytes = 4, .shard = 499}), kernels::ShapeError);
+                      {1000, 1}, {850, 1}, {700, 1}, {600, 0}, {550, 0}, {400, 0}, {250, 0}, {100, 0}}));
+  EXPECT_THROW(this->reducer({{0, 1000}}, {.bytes = 4, .shard = 499}), kernels::ShapeError);
 }
 
-TEST(GradientReducer, WhatBecomesFinalLastKeepsNoOtherWaiting) {
-  Recorder ranks;
-  std::vector<float> gradients(1000);
-  const Tensor flat(gradients.data(), DType::f32, {1000});
-  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
-  const auto sent = [&] {
-    Ranges ranges;
-    for (const auto& s : ranks.sent) {
-      const int64_t begin = static_cast<const float*>(s.data) - gradients.data();
-      ranges.emplace_back(begin, begin + s.count);
-    }
-    ranks.sent.clear();
-    return ranges;
-  };
-  comm::GradientReducer apart(ranks, flat, {.bytes = 4 * 200, .last = 430});
-  apart.ready(430);
-  EXPECT_EQ(sent(), (Ranges{{800, 1000}, {430, 800}}));
+TEST_F(GradientReducer, WhatTheBackwardLeavesForItsEndKeepsNoOtherWaiting) {
+  const Ranges parts{{800, 1000}, {700, 800}, {600, 700}, {0, 300}, {300, 600}};
+  comm::GradientReducer apart = reducer(parts, {.bytes = 4 * 150});
+  apart.ready(parts[0]);
+  apart.ready(parts[1]);
+  EXPECT_EQ(sent(), (Ranges{{850, 1000}, {700, 850}}));
+  apart.ready(parts[2]);
+  EXPECT_EQ(sent(), (Ranges{{600, 700}})) << "nothing that could join it is final soon";
+  apart.ready(parts[3]);
+  EXPECT_EQ(sent(), (Ranges{{150, 300}, {0, 150}}));
   apart.finish();
-  EXPECT_EQ(sent(), (Ranges{{230, 430}, {0, 230}}));
-  comm::GradientReducer joined(ranks, flat, {.bytes = 4 * 200, .last = 430, .joined = true});
-  joined.ready(800);
-  joined.ready(430);
+  EXPECT_EQ(sent(), (Ranges{{450, 600}, {300, 450}}));
+
+  comm::GradientReducer joined = reducer(parts, {.bytes = 4 * 250, .joined = true});
+  joined.ready(parts[0]);
+  EXPECT_EQ(sent(), Ranges{});
+  joined.ready(parts[1]);
+  EXPECT_EQ(sent(), (Ranges{{700, 1000}}));
   joined.finish();
-  EXPECT_EQ(sent(), (Ranges{{800, 1000}, {430, 800}, {0, 430}}));
-  comm::GradientReducer sharded(ranks, flat, {.bytes = 4 * 100, .shard = 500, .last = 430, .joined = true});
+  EXPECT_EQ(sent(), (Ranges{{600, 700}, {0, 300}, {300, 600}}));
+  comm::GradientReducer sharded = reducer(parts, {.bytes = 4 * 250, .shard = 500, .joined = true});
   sharded.finish();
-  EXPECT_EQ(sent(), (Ranges{{500, 1000}, {0, 500}})) << "one exchange for each owner";
+  EXPECT_EQ(sent(), (Ranges{{700, 1000}, {600, 700}, {0, 300}, {500, 600}, {300, 500}}));
 }
 
-TEST(GradientReducer, OneRankSendsNothing) {
+// Ranks without a micro-batch announce nothing; what they send has to match what the others do.
+TEST_F(GradientReducer, WhatIsSentDoesNotDependOnWhenItIsAnnounced) {
+  const Ranges parts{{800, 1000}, {700, 800}, {600, 700}, {0, 300}, {300, 600}};
+  for (bool joined : {false, true}) {
+    comm::GradientReducer reducer = this->reducer(parts, {.bytes = 4 * 150, .joined = joined});
+    for (const auto& part : parts) reducer.ready(part);
+    reducer.finish();
+    const Ranges announced = sent();
+    reducer.finish();
+    EXPECT_EQ(sent(), announced);
+  }
+}
+
+TEST_F(GradientReducer, PartsThatDoNotCoverTheGradientsAreRefused) {
+  for (const Ranges& parts : {Ranges{}, Ranges{{0, 999}}, Ranges{{500, 1000}, {0, 499}},
+                              Ranges{{400, 1000}, {0, 500}}, Ranges{{500, 1001}, {0, 500}}})
+    EXPECT_THROW(reducer(parts, {.bytes = 4}), kernels::ShapeError);
+}
+
+TEST_F(GradientReducer, OneRankSendsNothing) {
   const auto alone = comm::make_local_communicator();
   std::vector<float> gradients{1.5f, -2.5f};
-  comm::GradientReducer reducer(*alone, Tensor(gradients.data(), DType::f32, {2}), {.bytes = 4});
-  reducer.ready(1);
+  comm::GradientReducer reducer(*alone, Tensor(gradients.data(), DType::f32, {2}), {{1, 2}, {0, 1}},
+                                {.bytes = 4});
+  reducer.ready({1, 2});
   reducer.progress();
   reducer.finish();
   EXPECT_EQ(gradients, (std::vector<float>{1.5f, -2.5f}));
 }
 
-TEST(GradientReducer, WhatCannotBeReducedIsRefused) {
+TEST_F(GradientReducer, WhatCannotBeReducedIsRefused) {
   const auto alone = comm::make_local_communicator();
   std::vector<float> v(8);
   const Tensor half(v.data(), DType::f16, {4});
-  EXPECT_THROW(comm::GradientReducer(*alone, half, {.bytes = 4}), kernels::ShapeError);
+  EXPECT_THROW(comm::GradientReducer(*alone, half, {{0, 4}}, {.bytes = 4}), kernels::ShapeError);
   EXPECT_THROW(alone->all_reduce(half, comm::Reduce::sum), kernels::ShapeError);
   const Tensor strided = Tensor(v.data(), DType::f32, {2, 4}).columns(0, 2);
   EXPECT_THROW(alone->all_reduce(strided, comm::Reduce::sum), kernels::ShapeError);

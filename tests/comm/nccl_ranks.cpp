@@ -18,6 +18,7 @@ using kernels::Device;
 using kernels::Tensor;
 using ranks::expect;
 using ranks::failures;
+using ranks::layers;
 using ranks::reduced;
 using ranks::values_of;
 
@@ -137,12 +138,14 @@ void compare_buckets(const Job& job, int64_t shard) {
   constexpr int64_t kParameters = 1 << 20;
   const int size = job.ranks.size(), rank = job.ranks.rank();
   OnGpu<float> gradients(job.device, job.stream, values_of<float>(rank, kParameters, 60));
-  comm::GradientReducer reducer(job.ranks, gradients.tensor(),
-                                {.bytes = 200000, .shard = shard, .last = 300000, .joined = true});
+  auto parts = layers(kParameters, 60007);
+  std::iter_swap(parts.end() - 1, parts.end() - 2);
+  comm::GradientReducer reducer(job.ranks, gradients.tensor(), parts,
+                                {.bytes = 200000, .shard = shard, .joined = true});
   const auto step = [&] {
     gradients.upload();
-    for (int64_t begin = kParameters; begin > 0; begin -= 60007) {
-      reducer.ready(std::max<int64_t>(0, begin - 60007));
+    for (const auto& part : parts) {
+      reducer.ready(part);
       reducer.progress();
     }
     reducer.finish();

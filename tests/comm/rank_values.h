@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "comm/communicator.h"
+#include "comm/gradient_reducer.h"
 
 namespace ranks {
 
@@ -45,6 +45,14 @@ std::vector<T> reduced(int ranks, int64_t n, uint32_t seed, comm::Reduce op) {
       result[i] = op == comm::Reduce::sum ? static_cast<T>(result[i] + v[i]) : std::max(result[i], v[i]);
   }
   return result;
+}
+
+// [0, elements) from its end in layers of `size`.
+inline std::vector<comm::GradientRange> layers(int64_t elements, int64_t size) {
+  std::vector<comm::GradientRange> parts;
+  for (int64_t end = elements; end > 0; end -= size)
+    parts.emplace_back(std::max<int64_t>(0, end - size), end);
+  return parts;
 }
 
 }  // namespace ranks

@@ -99,8 +99,8 @@ void TinyModel::rehearse(const PackedBatch& batch, kernels::Arena& saved, kernel
   model_->evaluate(dry, batch.view(), saved, sums);
 }
 
-std::vector<double> TinyModel::train(const PackedBatch& batch,
-                                     const std::function<void(int64_t)>& gradients_final, float scale) {
+std::vector<double> TinyModel::train(const PackedBatch& batch, const trainer::GradientsFinal& gradients_final,
+                                     float scale) {
   kernels::Arena saved("saved", {}), scratch("scratch", {});
   rehearse(batch, saved, scratch);
   saved.place();

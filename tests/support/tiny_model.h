@@ -39,8 +39,8 @@ class TinyModel {
   TensorBuffer seeds(float scale = 1.0f) const;
   void rehearse(const PackedBatch& batch, kernels::Arena& saved, kernels::Arena& scratch);
   // Loss sums by forward_backward; the gradients are cleared before.
-  std::vector<double> train(const PackedBatch& batch,
-                            const std::function<void(int64_t)>& gradients_final = {}, float scale = 1.0f);
+  std::vector<double> train(const PackedBatch& batch, const trainer::GradientsFinal& gradients_final = {},
+                            float scale = 1.0f);
   std::vector<double> evaluate(const PackedBatch& batch);
   // Sum of the losses times their weights.
   double total(const std::vector<double>& losses) const;

@@ -118,7 +118,7 @@ TEST_F(Step, OverflowIsNamedByTensorAndRankAlsoWhenReadLate) {
 TEST_F(Step, MemoryIsTakenOnce) {
   StepRun run(config(), kVocabulary, {});
   const auto sizes = [&] {
-    const auto& m = run.stepper().memory();
+    const auto& m = run.stepper().rehearsal();
     return std::array{m.saved->high_water(), m.scratch->high_water(), m.step->high_water(), m.saved->mark(),
                       m.scratch->mark()};
   };
@@ -245,7 +245,7 @@ TEST_F(StepCuda, PlanIsWhatAStepTakes) {
     if (row.segment != "apart") planned[row.segment] += row.bytes;
   for (const auto& arena : run.model().parameters().memory())
     taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
-  const auto& step = run.stepper().memory();
+  const auto& step = run.stepper().rehearsal();
   for (const auto* arena : {step.saved.get(), step.scratch.get(), step.step.get()})
     taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
   EXPECT_EQ(planned, taken) << "to the byte";

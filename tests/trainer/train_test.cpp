@@ -245,7 +245,7 @@ TEST_F(Train, PlanIsWhatAStepTakes) {
   for (const auto& row : trainer::plan_memory(config, 257, 1, {}).rows) planned[row.segment] += row.bytes;
   for (const auto& arena : model.parameters().memory())
     taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
-  const auto& step = stepper.memory();
+  const auto& step = stepper.rehearsal();
   for (const auto* arena : {step.saved.get(), step.scratch.get(), step.step.get()})
     taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
   EXPECT_EQ(planned, taken) << "to the byte";

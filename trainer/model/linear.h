@@ -11,6 +11,7 @@ class Linear {
   // bias -1: none; otherwise the first of the biases, and last_bias the last where there are several.
   Linear(ParameterStore& store, int first, int last, int bias = -1, int last_bias = -1);
 
+  int first_parameter() const { return first_; }
   int64_t outputs() const;
   int64_t inputs() const;
   // A matrix product; or, with `rows_alone` and after pack(), each row computed as if it stood alone.

@@ -37,10 +37,9 @@ void Mlp::forward(const Context& ctx, const LayerInput& x, const Tensor& residua
   down_.forward_add(ctx, saved.activated, residual, y, rows_alone);
 }
 
-void Mlp::backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved,
+void Mlp::backward(const Context& ctx, const Tensor& dy, const Saved& saved, Tensor dexpanded,
                    Tensor dx) const {
   const kernels::ArenaScope scope(*ctx.scratch);
-  const Tensor dexpanded = ctx.scratch->allocate("mlp dexpanded", dy.dtype, saved.expanded.shape);
   down_.backward_weight(ctx, dy, saved.activated);
   if (gated_) {
     const Tensor dactivated = ctx.scratch->allocate("mlp dactivated", dy.dtype, saved.activated.shape);
@@ -49,7 +48,6 @@ void Mlp::backward(const Context& ctx, const Tensor& dy, const Tensor& x, const 
   } else {
     down_.backward_input_gelu(ctx, dy, saved.expanded, dexpanded);
   }
-  expand_.backward_weight(ctx, dexpanded, x);
   expand_.backward_input(ctx, dexpanded, dx);
 }
 

@@ -22,8 +22,14 @@ class Mlp {
   // y = residual + mlp(x); y is not the residual.
   void forward(const Context& ctx, const LayerInput& x, const Tensor& residual, Tensor y, Saved& saved,
                bool rows_alone) const;
-  void backward(const Context& ctx, const Tensor& dy, const Tensor& x, const Saved& saved, Tensor dx) const;
+  // Writes dexpanded (shape of saved.expanded) and dx; backward_weight adds the rest of the gradients, those
+  // of the matrices that read x.
+  void backward(const Context& ctx, const Tensor& dy, const Saved& saved, Tensor dexpanded, Tensor dx) const;
+  void backward_weight(const Context& ctx, const Tensor& dexpanded, const Tensor& x) const {
+    expand_.backward_weight(ctx, dexpanded, x);
+  }
   void pack(const Context& ctx, kernels::Arena& panels);
+  int last_matrix() const { return down_.first_parameter(); }
   int64_t weight_bytes() const { return expand_.bytes() + down_.bytes(); }
 
  private:

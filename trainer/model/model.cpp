@@ -21,8 +21,6 @@ void DecodeState::reset(const Context& ctx) {
 }
 
 namespace {
-using Final = std::function<void(int64_t)>;
-
 // One row of (K, N).
 Tensor offset_row(const Tensor& t, int64_t offset) { return t.slice(offset, 1).view({t.dim(1)}); }
 Tensor seed_of(const Tensor& seeds, size_t loss) { return seeds.slice(static_cast<int64_t>(loss), 1); }
@@ -53,10 +51,9 @@ struct Model::Impl {
   void loss(const Context& ctx, const Linear& matrix, const Tensor& hidden, const ModelBatch& batch, size_t i,
             const Tensor& seed, Tensor loss_sums, Tensor dhidden) const;
   void train_mtp(const Context& ctx, const ModelBatch& batch, const Tensor& hidden, const Tensor& seeds,
-                 kernels::Arena& saved, Tensor loss_sums, Tensor dhidden, const Final& gradients_final) const;
+                 kernels::Arena& saved, Tensor loss_sums, Tensor dhidden, FinalGradients& final) const;
   void train_medusa(const Context& ctx, const ModelBatch& batch, const Tensor& hidden, const Tensor& seeds,
-                    kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
-                    const Final& gradients_final) const;
+                    kernels::Arena& saved, Tensor loss_sums, Tensor dhidden, FinalGradients& final) const;
 };
 
 Model::Impl::Impl(const configs::Config& config, int64_t vocabulary)
@@ -112,7 +109,7 @@ void Model::Impl::loss(const Context& ctx, const Linear& matrix, const Tensor& h
 // All depths forward, each from the last; then losses and backward from the deepest, which frees its memory.
 void Model::Impl::train_mtp(const Context& ctx, const ModelBatch& batch, const Tensor& hidden,
                             const Tensor& seeds, kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
-                            const Final& gradients_final) const {
+                            FinalGradients& final) const {
   struct Depth {
     HeadInput in;
     Tensor hidden;
@@ -136,14 +133,14 @@ void Model::Impl::train_mtp(const Context& ctx, const ModelBatch& batch, const T
     loss(ctx, unembedding, depths[k].hidden, batch, mtp_loss(k), seed_of(seeds, mtp_loss(k)), loss_sums, d);
     mtp[k]->backward(ctx, depths[k].in, *depths[k].saved, d, k > 0 ? dprevious : dhidden);
     saved.release(depths[k].mark);
-    gradients_final(begin(mtp[k]->first_parameter()));
+    final.from(begin(mtp[k]->first_parameter()));
     std::swap(d, dprevious);
   }
 }
 
 void Model::Impl::train_medusa(const Context& ctx, const ModelBatch& batch, const Tensor& hidden,
                                const Tensor& seeds, kernels::Arena& saved, Tensor loss_sums, Tensor dhidden,
-                               const Final& gradients_final) const {
+                               FinalGradients& final) const {
   for (size_t i = medusa.size(); i-- > 0;) {
     const kernels::ArenaScope keep(saved), scope(*ctx.scratch);
     const Medusa& head = *medusa[i];
@@ -154,7 +151,7 @@ void Model::Impl::train_medusa(const Context& ctx, const ModelBatch& batch, cons
     kernels::fill(ctx, d, 0.0f);
     loss(ctx, vocabulary_of(head), out, batch, 1 + i, seed_of(seeds, 1 + i), loss_sums, d);
     head.backward(ctx, in, *activations, d, dhidden);
-    gradients_final(begin(head.first_parameter()));
+    final.from(begin(head.first_parameter()));
   }
 }
 
@@ -168,8 +165,6 @@ int64_t Model::vocabulary() const { return impl_->vocabulary; }
 int64_t Model::width() const { return impl_->config.model.width; }
 const std::vector<HeadLoss>& Model::losses() const { return impl_->losses; }
 
-int64_t Model::last_gradients() const { return impl_->begin(impl_->trunk.first_layer()); }
-
 int64_t Model::offsets() const {
   int64_t furthest = 0;
   for (const HeadLoss& loss : impl_->losses) furthest = std::max(furthest, loss.offset);
@@ -178,11 +173,9 @@ int64_t Model::offsets() const {
 
 void Model::forward_backward(const Context& ctx, const ModelBatch& batch, const Tensor& seeds,
                              kernels::Arena& saved, Tensor loss_sums,
-                             const std::function<void(int64_t)>& gradients_final) const {
+                             const GradientsFinal& gradients_final) const {
   const Impl& m = *impl_;
-  const Final final = [&](int64_t begin) {
-    if (gradients_final && !ctx.rehearsal) gradients_final(begin);
-  };
+  FinalGradients final(m.store.elements(), gradients_final);
   const kernels::ArenaScope keep(saved), scope(*ctx.scratch);
   const Shape shape{batch.tokens.rows(), width()};
   const RowPlan plan{batch.positions, batch.cu_seqlens, nullptr, batch.hints};
@@ -198,8 +191,8 @@ void Model::forward_backward(const Context& ctx, const ModelBatch& batch, const 
   m.train_mtp(ctx, batch, hidden, seeds, saved, loss_sums, dhidden, final);
   m.train_medusa(ctx, batch, hidden, seeds, saved, loss_sums, dhidden, final);
   m.loss(ctx, m.unembedding, hidden, batch, 0, m.frozen ? Tensor{} : seed_of(seeds, 0), loss_sums, dhidden);
-  if (m.frozen) return final(0);
-  if (m.unembedding_id != m.trunk.embedding()) final(m.begin(m.unembedding_id));
+  if (m.frozen) return final.from(0);
+  if (m.unembedding_id != m.trunk.embedding()) final.from(m.begin(m.unembedding_id));
   m.trunk.backward(ctx, batch.tokens, plan, trunk, dhidden, final);
 }
 

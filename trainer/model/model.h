@@ -13,13 +13,13 @@
 //                    logits(hidden^k_i)          predicts token i + 1 + k (offset k)
 // Sources: Cai et al. 2024 (Medusa), Ankner et al. 2024 (sequential heads: Hydra), DeepSeek-V3 technical
 // report 2024 (MTP).
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "configs/config.h"
 #include "trainer/model/attention/attention.h"
+#include "trainer/model/final_gradients.h"
 #include "trainer/model/parameters.h"
 
 namespace trainer {
@@ -69,9 +69,6 @@ class Model {
   const configs::Config& config() const;
   int64_t vocabulary() const;
   int64_t width() const;
-  // Gradients of the first elements, which become final last and all at once: of all ahead of the first
-  // layer.
-  int64_t last_gradients() const;
   // The losses in the order of forward_backward's loss_sums; K = 1 + the largest offset.
   const std::vector<HeadLoss>& losses() const;
   int64_t offsets() const;
@@ -79,13 +76,12 @@ class Model {
   // One micro-batch: forward, every head's loss, backward; gradients are accumulated (+=).
   //   seeds        (losses) fp32: of loss i's gradient; loss scale, loss weight and normaliser multiplied
   //   loss_sums    (losses) fp64: += weighted sum of the token losses
-  //   gradients_final(begin)  is called during the backward whenever every gradient from element `begin` on
-  //   is final, last with 0; not in a rehearsal. May be empty.
+  //   gradients_final(begin, end)  is called during the backward whenever gradients of more elements, [begin,
+  //   end), are final: parts and order are the same each time, in a rehearsal too. May be empty.
   // `saved` is the arena of activations, ctx.scratch the working memory; both are left as they were. With
   // ctx.rehearsal and measuring arenas the same code runs and measures.
   void forward_backward(const Context& ctx, const ModelBatch& batch, const Tensor& seeds,
-                        kernels::Arena& saved, Tensor loss_sums,
-                        const std::function<void(int64_t)>& gradients_final) const;
+                        kernels::Arena& saved, Tensor loss_sums, const GradientsFinal& gradients_final) const;
   // Losses only.
   void evaluate(const Context& ctx, const ModelBatch& batch, kernels::Arena& saved, Tensor loss_sums) const;
 

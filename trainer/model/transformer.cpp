@@ -67,33 +67,36 @@ void Transformer::forward(const Context& ctx, const Tensor& tokens, const RowPla
   if (saved) saved->statistics = statistics;
 }
 
-void Transformer::backward_embedding(const Context& ctx, const Tensor& tokens, const RowPlan& plan,
-                                     const Saved& saved, const Tensor& d) const {
-  const kernels::ArenaScope scope(*ctx.scratch);
-  Tensor dembedded = d;
-  if (embedding_norm_) {
-    dembedded = ctx.scratch->allocate("dembedded", d.dtype, d.shape);
-    embedding_norm_->backward(ctx, d, saved.embedded, saved.embedded_statistics, dembedded, false);
-  }
-  kernels::embedding_backward(ctx, dembedded, tokens, store_.gradient(embedding_), plan.positions,
-                              positions_ >= 0 ? store_.gradient(positions_) : Tensor{});
+Tensor Transformer::embedded_gradient(const Context& ctx, const Saved& saved, const Tensor& d) const {
+  if (!embedding_norm_) return d;
+  const Tensor dembedded = ctx.scratch->allocate("dembedded", d.dtype, d.shape);
+  embedding_norm_->backward(ctx, d, saved.embedded, saved.embedded_statistics, dembedded, false);
+  return dembedded;
 }
 
 void Transformer::backward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, const Saved& saved,
-                           const Tensor& dhidden, const std::function<void(int64_t)>& gradients_final) const {
+                           const Tensor& dhidden, FinalGradients& final) const {
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor d = ctx.scratch->allocate("dx", dhidden.dtype, dhidden.shape);
+  const Block& first = blocks_.front();
+  const Block::Pending pending = first.allocate_pending(*ctx.scratch, saved.blocks.front());
   final_norm_.backward(ctx, dhidden, saved.x.back(), saved.statistics, d, false);
-  gradients_final(begin(final_norm_.first_parameter()));
-  for (size_t i = blocks_.size(); i-- > 0;) {
-    blocks_[i].backward(ctx, saved.x[i], plan, saved.blocks[i], d);
-    gradients_final(begin(blocks_[i].first_parameter()));
+  final.from(begin(final_norm_.first_parameter()));
+  for (size_t i = blocks_.size(); --i > 0;) {
+    blocks_[i].backward(ctx, saved.x[i], plan, saved.blocks[i], d, pending);
+    blocks_[i].backward_weights(ctx, saved.blocks[i], pending);
+    final.from(begin(blocks_[i].first_parameter()));
   }
-  backward_embedding(ctx, tokens, plan, saved, d);
-  gradients_final(0);
+  first.backward(ctx, saved.x.front(), plan, saved.blocks.front(), d, pending);
+  final.from(begin(first.last_matrix()));
+  const Tensor dembedded = embedded_gradient(ctx, saved, d);
+  kernels::embedding_backward(ctx, dembedded, tokens, store_.gradient(embedding_), {}, {});
+  final.part(0, begin(embedding_ + 1));
+  first.backward_weights(ctx, saved.blocks.front(), pending);
+  if (positions_ >= 0)
+    kernels::embedding_backward(ctx, dembedded, plan.positions, store_.gradient(positions_), {}, {});
+  final.part(begin(embedding_ + 1), begin(first.last_matrix()));
 }
-
-int Transformer::first_layer() const { return static_cast<int>(blocks_.front().first_parameter()); }
 
 Transformer::States Transformer::make_states(const Context& ctx, int64_t batch, int64_t capacity) const {
   if (positions_ >= 0) {

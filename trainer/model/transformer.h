@@ -1,11 +1,11 @@
 #pragma once
 // The trunk: embedding, blocks, final norm. It knows no heads.
-#include <functional>
 #include <optional>
 #include <vector>
 
 #include "configs/config.h"
 #include "trainer/model/block.h"
+#include "trainer/model/final_gradients.h"
 
 namespace trainer {
 
@@ -27,22 +27,21 @@ class Transformer {
   // decoding.
   void forward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, States* states, Tensor hidden,
                Saved* saved, kernels::Arena& arena) const;
-  // Calls `gradients_final` as the flat buffer of gradients is finished from its end.
+  // The embedding, which is exchanged for longest, is final ahead of matrices of the first block.
   void backward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, const Saved& saved,
-                const Tensor& dhidden, const std::function<void(int64_t)>& gradients_final) const;
+                const Tensor& dhidden, FinalGradients& final) const;
 
   States make_states(const Context& ctx, int64_t batch, int64_t capacity) const;
   void pack(const Context& ctx, kernels::Arena& panels);
   int64_t weight_bytes() const;
   int embedding() const { return embedding_; }
-  int first_layer() const;  // its first parameter
 
  private:
   int64_t begin(int parameter) const;
   void embed(const Context& ctx, const Tensor& tokens, const RowPlan& plan, Tensor x, Saved& saved,
              kernels::Arena& arena) const;
-  void backward_embedding(const Context& ctx, const Tensor& tokens, const RowPlan& plan, const Saved& saved,
-                          const Tensor& d) const;
+  // d, or what embedding_norm makes of it: allocated from ctx.scratch.
+  Tensor embedded_gradient(const Context& ctx, const Saved& saved, const Tensor& d) const;
 
   ParameterStore& store_;
   int embedding_ = -1, positions_ = -1;

@@ -135,7 +135,7 @@ Plan plan_memory(const configs::Config& config, int64_t vocabulary, int ranks, c
         {arena->segment(), buffer_name(arena->segment(), shards), static_cast<int64_t>(arena->high_water())});
   const data::LoaderParams params{static_cast<uint64_t>(config.train.seed), config.train.batch,
                                   config.train.micro_batch, config.model.context, model.offsets()};
-  const StepMemory step = measure_step(model, ctx, params, ranks);
+  const StepRehearsal step = rehearse_step(model, ctx, params, ranks);
   for (const auto* arena : {step.saved.get(), step.scratch.get(), step.step.get()}) add_entries(plan, *arena);
   if (ctx.device.is_cuda()) add_libraries(plan, ranks);
   for (const auto& row : plan.rows) plan.total_bytes += row.bytes;

@@ -66,19 +66,22 @@ ModelBatch view_batch(const Tensor& block, const BatchShape& shape, const data::
 
 }  // namespace
 
-StepMemory measure_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
-                        int ranks) {
-  StepMemory memory{std::make_unique<kernels::Arena>("saved", ctx.device),
-                    std::make_unique<kernels::Arena>("scratch", ctx.device),
-                    std::make_unique<kernels::Arena>("step", ctx.device)};
+StepRehearsal rehearse_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
+                            int ranks) {
+  StepRehearsal rehearsal{std::make_unique<kernels::Arena>("saved", ctx.device),
+                          std::make_unique<kernels::Arena>("scratch", ctx.device),
+                          std::make_unique<kernels::Arena>("step", ctx.device),
+                          {}};
   kernels::Context dry = ctx;
-  dry.scratch = memory.scratch.get();
+  dry.scratch = rehearsal.scratch.get();
   dry.rehearsal = true;
-  const StepTensors step = take(*memory.step, model, params, ranks);
+  const StepTensors step = take(*rehearsal.step, model, params, ranks);
   for (const BatchShape& shape : batch_shapes(params)) {
     const ModelBatch batch = view_batch(step.batch, shape, params, model.config());
-    model.forward_backward(dry, batch, step.seeds, *memory.saved, step.validation, {});
-    model.evaluate(dry, batch, *memory.saved, step.validation);
+    rehearsal.gradients.clear();
+    model.forward_backward(dry, batch, step.seeds, *rehearsal.saved, step.validation,
+                           [&](int64_t begin, int64_t end) { rehearsal.gradients.emplace_back(begin, end); });
+    model.evaluate(dry, batch, *rehearsal.saved, step.validation);
   }
   const ParameterStore& store = model.parameters();
   kernels::OptimizerBuffers whole = store.buffers(), shard = store.shard();
@@ -86,7 +89,7 @@ StepMemory measure_step(const Model& model, const kernels::Context& ctx, const d
   kernels::gradient_statistics(dry, store.segments(), normaliser, whole);
   kernels::gradient_statistics(dry, store.shard_segments(), normaliser, shard);
   kernels::adamw(dry, store.shard_segments(), normaliser, {}, shard);
-  return memory;
+  return rehearsal;
 }
 
 Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchLoader& loader,
@@ -96,15 +99,16 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
       loader_(loader),
       ranks_(ranks),
       ctx_(ctx),
-      memory_(measure_step(model, ctx, loader.params(), ranks.size())),
+      rehearsal_(rehearse_step(model, ctx, loader.params(), ranks.size())),
       late_(late.value_or(ctx.device.is_cuda() ? 1 : 0)),
       graphs_(ctx.device.is_cuda() && config.train.graph),
       reference_rows_(config.train.micro_batch * config.model.context) {
   // Which kernel is the fastest differs from process to process, and with it the last bits.
   kernels::measure_products(!config.train.deterministic);
-  for (auto* arena : {memory_.saved.get(), memory_.scratch.get(), memory_.step.get()}) arena->place();
-  ctx_.scratch = memory_.scratch.get();
-  const StepTensors tensors = take(*memory_.step, model, loader.params(), ranks.size());
+  for (auto* arena : {rehearsal_.saved.get(), rehearsal_.scratch.get(), rehearsal_.step.get()})
+    arena->place();
+  ctx_.scratch = rehearsal_.scratch.get();
+  const StepTensors tensors = take(*rehearsal_.step, model, loader.params(), ranks.size());
   batch_ = tensors.batch;
   block_ = tensors.block;
   seeds_ = tensors.seeds;
@@ -120,9 +124,9 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   shard_segments_ = store.shard_segments();
   const comm::Buckets buckets{.bytes = bucket_bytes(config, ctx.device),
                               .shard = store.sharded() ? store.shard_elements() : 0,
-                              .last = model.last_gradients(),
                               .joined = ctx.device.is_cuda()};
-  reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients, buckets);
+  reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients, rehearsal_.gradients,
+                                                     buckets);
   set_state(initial_state(config));
 }
 
@@ -214,12 +218,13 @@ void Stepper::compute(const Work& work) {
 }
 
 void Stepper::backward(const BatchShape& shape, bool reduce) {
-  kernels::ArenaScope scope(*memory_.saved);
+  kernels::ArenaScope scope(*rehearsal_.saved);
   const ModelBatch batch = view_batch(batch_, shape, loader_.params(), config_);
-  model_.forward_backward(ctx_, batch, seeds_, *memory_.saved, numbers_.loss_sums, [&](int64_t begin) {
-    if (reduce) reducer_->ready(begin);
-    reducer_->progress();
-  });
+  model_.forward_backward(ctx_, batch, seeds_, *rehearsal_.saved, numbers_.loss_sums,
+                          [&](int64_t begin, int64_t end) {
+                            if (reduce) reducer_->ready({begin, end});
+                            reducer_->progress();
+                          });
   model_.parameters().check_written();
 }
 
@@ -234,7 +239,6 @@ void Stepper::finish_step(bool attribute) {
     kernels::gradient_statistics(ctx_, segments_, numbers_.normaliser, buffers);
     report(2 + size + rank, offsetof(OptimizerState, nonfinite));
   }
-  reducer_->ready(0);
   reducer_->finish();
   const ParameterStore& store = model_.parameters();
   kernels::OptimizerBuffers shard = store.shard();
@@ -339,8 +343,9 @@ std::vector<double> Stepper::validate(const data::BatchLoader& loader,
   for (size_t m = first; m < last; ++m) {
     const data::Batch batch = loader.load(micro_batches[m]);
     const BatchShape shape = upload(batch);
-    kernels::ArenaScope scope(*memory_.saved);
-    model_.evaluate(ctx_, view_batch(batch_, shape, loader_.params(), config_), *memory_.saved, validation_);
+    kernels::ArenaScope scope(*rehearsal_.saved);
+    model_.evaluate(ctx_, view_batch(batch_, shape, loader_.params(), config_), *rehearsal_.saved,
+                    validation_);
     for (size_t i = 0; i < count; ++i) {
       const float* w = batch.weights.data() + model_.losses()[i].offset * batch.rows();
       sums[count + i] += std::accumulate(w, w + batch.rows(), 0.0);

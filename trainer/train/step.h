@@ -39,12 +39,14 @@ struct StepMetrics {
   bool stop_requested = false;   // by any rank
 };
 
-// Memory of a step, measured without touching data. saved: activations of one micro-batch; scratch: working
-// memory; step: a micro-batch and the numbers of a step.
-struct StepMemory {
+// What rehearsing a step tells, without touching data. Its memory: saved, activations of one micro-batch;
+// scratch, working memory; step, a micro-batch and the numbers of a step. And in which order gradients become
+// final.
+struct StepRehearsal {
   std::unique_ptr<kernels::Arena> saved, scratch, step;
+  std::vector<comm::GradientRange> gradients;
 };
-StepMemory measure_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
+StepRehearsal rehearse_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
                         int ranks);
 
 class Stepper {
@@ -69,7 +71,7 @@ class Stepper {
   void set_state(const kernels::OptimizerState& state);
   // Takes over the state that something else (a checkpoint) has put on the device.
   void read_state();
-  const StepMemory& memory() const { return memory_; }
+  const StepRehearsal& rehearsal() const { return rehearsal_; }
   bool captured() const;  // some work runs as a graph
 
  private:
@@ -110,7 +112,7 @@ class Stepper {
   const data::BatchLoader& loader_;
   comm::Communicator& ranks_;
   kernels::Context ctx_;
-  StepMemory memory_;
+  StepRehearsal rehearsal_;
   kernels::Tensor batch_, block_, seeds_, validation_;  // in memory_.step; block_ holds numbers_
   StepNumbers numbers_;
   std::unique_ptr<Uploads> uploads_;

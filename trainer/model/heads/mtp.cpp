@@ -57,7 +57,12 @@ void Mtp::backward(const Context& ctx, const HeadInput& in, const HeadSaved& bas
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor dblock = ctx.scratch->allocate("mtp dblock", d.dtype, d.shape);
   final_norm_.backward(ctx, d, saved.block_out, saved.final_statistics, dblock, false);
-  block_.backward(ctx, saved.block_in, in.plan, saved.block, dblock);
+  {
+    const kernels::ArenaScope in_block(*ctx.scratch);
+    const Block::Pending pending = block_.allocate_pending(*ctx.scratch, saved.block);
+    block_.backward(ctx, saved.block_in, in.plan, saved.block, dblock, pending);
+    block_.backward_weights(ctx, saved.block, pending);
+  }
   const Tensor djoined = ctx.scratch->allocate("mtp djoined", d.dtype, saved.joined.shape);
   projection_.backward_weight(ctx, dblock, saved.joined);
   projection_.backward_input(ctx, dblock, djoined);
