@@ -213,18 +213,19 @@ part_two() {
   set=(data.path="$work/joined" train.micro_batch=32 train.steps="$(sized 200 60)" optim.warmup=20 optim.schedule=constant
     train.validate_every=0 checkpoint.every=0)
   # Each GPU alone, both at once: they are not equally fast, and share the host and its cooling in what follows too.
-  for gpu in 0 1; do
-    on_gpu $gpu train 1 "$work/two/one_$gpu" gpt2_124m "${set[@]}" train.batch=32 &
-  done
-  wait
+  # Before and after what they do together: chips grow warmer, and slower.
+  alone() { for gpu in 0 1; do on_gpu $gpu train 1 "$work/two/$1_$gpu" gpt2_124m "${set[@]}" train.batch=32 & done; wait; }
+  alone_peer() { for gpu in 0 1; do on_gpu $gpu peer "$out" train --steps "$steps" & done; wait; }
+  alone one
   train 2 "$work/two/both" gpt2_124m "${set[@]}" train.batch=64
-  train 2 "$work/two/sharded" gpt2_124m "${set[@]}" train.batch=64 comm.zero=1
+  train 2 "$work/two/replicated" gpt2_124m "${set[@]}" train.batch=64 comm.zero=0
+  alone again
   # The same steps as both GPUs made, on one.
   train 1 "$work/two/same" gpt2_124m "${set[@]}" train.batch=64 train.steps=20
   out=$(fresh two)
-  for gpu in 0 1; do on_gpu $gpu peer "$out" train --steps "$steps" & done
-  wait
+  alone_peer
   PEER_GPUS=2 peer "$out" train --steps "$steps"
+  alone_peer
   result scaling "$results/gpu_two.json" "$work/two" "$out"
 }
 

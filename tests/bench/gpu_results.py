@@ -164,23 +164,25 @@ def speed(steps):
 def scaling(out, runs, peer):
     """Ranks add the same micro-batches' gradients in another order: FP32 rounding, which 20 steps of FP16 training
     make no larger than FP16's own 2^-10. GPUs of one kind differ in what their power allows, and two that wait for
-    each other go as fast as the slower: that one alone is what both are compared with, ours and the peer's."""
-    names = ("one_0", "one_1", "both", "sharded", "same")
+    each other go as fast as the slower: that one alone, before and after, is what both are compared with, ours and the
+    peer's. `both` is the preset, whose optimizer is sharded; `replicated` is not."""
+    names = ("one_0", "one_1", "again_0", "again_1", "both", "replicated", "same")
     steps = {name: steps_of(f"{runs}/{name}/metrics.jsonl") for name in names}
     speeds = {name: speed(steps[name]) for name in names[:-1]}
     result = {"tokens_per_second": {name: round(value) for name, value in speeds.items()}}
-    slower = min(speeds["one_0"], speeds["one_1"])
+    slower = min(speeds[f"one_{gpu}"] + speeds[f"again_{gpu}"] for gpu in (0, 1)) / 2
     result["scaling"] = round(speeds["both"] / slower, 4)
-    result["sharded_scaling"] = round(speeds["sharded"] / slower, 4)
+    result["replicated_scaling"] = round(speeds["replicated"] / slower, 4)
     same = [s["loss"] for s in steps["same"]]
-    result["difference_to_one_rank"] = {n: furthest([s["loss"] for s in steps[n]], same) for n in ("both", "sharded")}
+    result["difference_to_one_rank"] = {n: furthest([s["loss"] for s in steps[n]], same) for n in ("both", "replicated")}
     rows = [row for row in lines_of(peer) if "tokens_per_second" in row]
-    alone = [row["tokens_per_second"] for row in rows if row["gpus"] == 1]
-    both = [row["tokens_per_second"] for row in rows if row["gpus"] == 2]
+    alone = [row["tokens_per_second"] for row in rows if row["gpus"] == 1]  # twice, each time in any order
+    both = [row for row in rows if row["gpus"] == 2]
     if alone and both:
-        result["peer"] = {"engine": rows[-1]["engine"], "versions": rows[-1]["versions"]}
-        result["peer"]["tokens_per_second"] = [*alone, *both]
-        result["peer"]["scaling"] = round(both[0] / min(alone), 4)
+        result["peer"] = {"engine": both[0]["engine"], "versions": both[0]["versions"]}
+        result["peer"]["tokens_per_second"] = [*alone, both[0]["tokens_per_second"]]
+        slower = sum(min(pair) for pair in (alone[:2], alone[2:]) if pair) / len(alone) * 2
+        result["peer"]["scaling"] = round(both[0]["tokens_per_second"] / slower, 4)
     write(out, result)
     differences = result["difference_to_one_rank"]
     problems = [f"{n}: the loss differs by {d:.2e} from one rank's" for n, d in differences.items() if d > 2**-10]
