@@ -157,6 +157,34 @@ TEST_F(DecodeCuda, WritesTheTextOfTheCpu) {
   EXPECT_EQ(texts(there.run(prompts, settings())), texts(here.run(prompts, settings())));
 }
 
+// One token of text is the prefill's: no step follows.
+TEST_F(DecodeCuda, APrefillIsRecorded) {
+  const auto model = on_gpu({}, true);
+  Decoder decoder(kOnGpu, *model, 1, kCapacity);
+  DecodeSettings first = settings();
+  first.max_tokens = 1;
+  const Prompts prompts = {random_tokens(100, 3)};
+  const DecodeRun eager = decoder.run(prompts, first);
+  EXPECT_FALSE(decoder.captured());
+  for (int again = 0; again < 2; ++again) EXPECT_EQ(texts(decoder.run(prompts, first)), texts(eager));
+  EXPECT_TRUE(decoder.captured());
+}
+
+// However many drafts: each goes on from the one ahead on the device.
+TEST_F(DecodeCuda, MtpDraftsWaitOnce) {
+  const auto model = on_gpu({}, true);
+  Decoder decoder(kOnGpu, *model, 1, kCapacity);
+  const auto drafter = make_drafter(decoder, "mtp", model->config().decode);
+  const Prompts prompts = {random_tokens(20, 5)};
+  decoder.run(prompts, settings(), drafter.get());
+  const auto& counters = kernels::device_counters();
+  const int64_t waits = counters.synchronizations;
+  const DecodeRun run = decoder.run(prompts, settings(), drafter.get());
+  // Drafts and verification; ahead of them a fresh state and the prefill's token.
+  EXPECT_LE(counters.synchronizations - waits, 2 * run.steps + 4);
+  EXPECT_GT(run.drafted[1], 0) << "one draft at a time";
+}
+
 // After the first steps nothing is allocated, and a plain step waits once.
 TEST_F(DecodeCuda, AStepWaitsOnceAndTakesNoMemory) {
   const auto model = on_gpu({}, true);

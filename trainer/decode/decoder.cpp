@@ -167,7 +167,8 @@ void Decoder::prefill(int64_t b, Drafter* drafter, DecodeRun& run) {
         rows_.add_none(s < b && sequences_[s].active ? committed(s) : 0);
     }
     rows_.upload(ctx_);
-    model_.decode_trunk(ctx_, rows_.tokens(), rows_.rows(), state_, hidden_.slice(0, n));
+    replay_(ctx_, {n, -1, 0, 0},
+            [&] { model_.decode_trunk(ctx_, rows_.tokens(), rows_.rows(), state_, hidden_.slice(0, n)); });
     rows_.accept_first(b, n);
     commit();
     if (last) {

@@ -20,7 +20,7 @@ StepRows::StepRows(kernels::Device device, int64_t batch)
   path_rows_ = positions_ + most * kNumber;
   path_counts_ = path_rows_ + sequences * most * kNumber;
   end_ = path_counts_ + sequences * kNumber;
-  constexpr int kSlots = 4;
+  constexpr int kSlots = 16;  // a drafter asks for several steps ahead of the device
   for (int i = 0; i < (device.is_cuda() ? kSlots : 1); ++i) {
     slots_.push_back(std::make_unique<Slot>(device, end_));
     std::fill_n(static_cast<char*>(slots_.back()->memory.data()), end_, char{0});

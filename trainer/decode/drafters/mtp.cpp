@@ -1,6 +1,7 @@
 #include "trainer/decode/drafters/mtp.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 
 #include "kernels/ops/sampling.h"
@@ -17,7 +18,7 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
       drafts_(params.max_drafts),
       memory_("drafter", ctx.device),
       rows_(ctx.device, 1),
-      argmax_(ctx.device, DType::i32, {1}),
+      argmax_(ctx.device, DType::i32, {params.batch, params.max_drafts}),
       replay_(model.config().train.graph) {
   const DType compute = model.parameters().compute();
   const int64_t width = model.width(), waiting = 2 * kMaxDecodeRows;
@@ -52,18 +53,26 @@ void MtpDrafter::append(const Context& ctx, Depth& depth, int64_t at, const Tens
   copy_on_device(ctx, hidden, depth.inputs.slice(at, hidden.rows()));
 }
 
-Tensor MtpDrafter::run(const Context& ctx, int64_t k, DecodeState& state, int64_t length,
-                       std::span<const int32_t> tokens, const Tensor& inputs, const Tensor& last) {
+Tensor MtpDrafter::run(const Context& ctx, int64_t b, int64_t k, DecodeState& state, int64_t length,
+                       int64_t first, int64_t count, const Tensor& inputs, const Tensor& last) {
   rows_.clear();
-  rows_.add_chain(length, tokens);
+  rows_.add_chain(length, std::span(text_).subspan(first, count));
   rows_.upload(ctx);
-  const Tensor out = hidden_.slice(0, rows_.size());
+  fill_in_drafts(ctx, b, first, count);
+  const Tensor out = hidden_.slice(0, count);
   const auto address = [](const void* at) { return reinterpret_cast<int64_t>(at); };
-  replay_(ctx, {2 * k + (last ? 1 : 0), rows_.size(), address(&state), address(inputs.data)}, [&] {
+  replay_(ctx, {2 * k + (last ? 1 : 0), count, address(&state), address(inputs.data)}, [&] {
     model_.decode_mtp(ctx, k, rows_.tokens(), inputs, rows_.rows(), state, out);
-    if (last) copy_on_device(ctx, out.slice(out.rows() - 1, 1), last);
+    if (last) copy_on_device(ctx, out.slice(count - 1, 1), last);
   });
   return out;
+}
+
+void MtpDrafter::fill_in_drafts(const Context& ctx, int64_t b, int64_t first, int64_t count) {
+  const int64_t from = std::max(first, accepted_), drafts = first + count - from;
+  if (!on_device_ || drafts <= 0) return;
+  copy_on_device(ctx, argmax_.tensor().slice(b, 1).columns(from - accepted_, drafts),
+                 rows_.tokens().slice(from - first, drafts));
 }
 
 void MtpDrafter::commit(const Context& ctx, DecodeState& state) {
@@ -84,12 +93,15 @@ void MtpDrafter::observe(const Context& ctx, int64_t b, const SequenceView& view
     append(ctx, first, first.count, hidden.slice(rows[i], static_cast<int64_t>(n)));
     first.count += static_cast<int64_t>(n);
   }
-  catch_up(ctx, sequence, view.tokens);
+  catch_up(ctx, b, view.tokens);
 }
 
 // Runs every row whose token is accepted through every depth. What is left at depth k are the inputs of the
 // rows that wait for a token, at most k - 1 of them.
-void MtpDrafter::catch_up(const Context& ctx, Sequence& sequence, std::span<const int32_t> tokens) {
+void MtpDrafter::catch_up(const Context& ctx, int64_t b, std::span<const int32_t> tokens) {
+  Sequence& sequence = sequences_[b];
+  text_.assign(tokens.begin(), tokens.end());
+  on_device_ = false;
   for (int64_t k = 1; k <= modules_; ++k) {
     Depth& depth = sequence.depths[k - 1];
     int64_t done = 0;
@@ -97,7 +109,7 @@ void MtpDrafter::catch_up(const Context& ctx, Sequence& sequence, std::span<cons
       const int64_t known = static_cast<int64_t>(tokens.size()) - k - depth.committed;
       const int64_t n = std::min({depth.count - done, known, rows_before_fold(depth.committed)});
       if (n <= 0) break;
-      const Tensor out = run(ctx, k, depth.state, depth.committed, tokens.subspan(depth.committed + k, n),
+      const Tensor out = run(ctx, b, k, depth.state, depth.committed, depth.committed + k, n,
                              depth.inputs.slice(done, n), k == 1 ? sequence.output : Tensor{});
       commit(ctx, depth.state);
       depth.committed += n;
@@ -115,71 +127,86 @@ void MtpDrafter::catch_up(const Context& ctx, Sequence& sequence, std::span<cons
 }
 
 // Depth k over the rows that rest on drafts, without committing them. False when they would cross a fold.
-bool MtpDrafter::advance_drafted(const Context& ctx, Sequence& sequence, int64_t k, int64_t root) {
+bool MtpDrafter::advance_drafted(const Context& ctx, int64_t b, int64_t k, int64_t root) {
+  Sequence& sequence = sequences_[b];
   Depth& depth = sequence.depths[k - 1];
   const int64_t n = root - depth.committed;
   if ((root - 1) / kFold != depth.committed / kFold) return false;
-  const Tensor out =
-      run(ctx, k, depth.state, depth.committed, std::span(text_).subspan(depth.committed + k, n),
-          depth.inputs.slice(0, n), sequence.output);
+  const Tensor out = run(ctx, b, k, depth.state, depth.committed, depth.committed + k, n,
+                         depth.inputs.slice(0, n), sequence.output);
   if (k < modules_) append(ctx, sequence.depths[k], sequence.depths[k].count, out);
   return true;
 }
 
 // The last module on its own output. The row before is kept in the state without a fold, so the next catch_up
 // writes over it.
-bool MtpDrafter::advance_beyond(const Context& ctx, Sequence& sequence, int64_t root, int64_t draft) {
+bool MtpDrafter::advance_beyond(const Context& ctx, int64_t b, int64_t root, int64_t draft) {
+  Sequence& sequence = sequences_[b];
   Depth& depth = sequence.depths.back();
   const int64_t position = root + draft - modules_ - 1;
   if (position / kFold != depth.committed / kFold) return false;
   if (position > depth.committed) commit(ctx, depth.state);
-  run(ctx, modules_, depth.state, position, std::span(text_).subspan(position + modules_, 1), sequence.output,
-      sequence.output);
+  run(ctx, b, modules_, depth.state, position, position + modules_, 1, sequence.output, sequence.output);
   return true;
 }
 
-int32_t MtpDrafter::draft_token(const Context& ctx, const Sequence& sequence, const SequenceView& view,
-                                const DraftSettings& settings, int64_t b, int64_t draft, const float*& q) {
+std::pair<const float*, int32_t> MtpDrafter::sample(const Context& ctx, int64_t b, const SequenceView& view,
+                                                    double temperature, int64_t draft) {
   const int64_t row = b * max_drafts_ + draft - 1;
   const Tensor p = q_.slice(row, 1);
-  const float temperature = settings.sample ? static_cast<float>(settings.temperature) : 0.0f;
-  replay_(ctx, {0, settings.sample ? row + 1 : 0, std::bit_cast<int32_t>(temperature), b}, [&] {
-    model_.logits(ctx, sequence.output, logits_);
-    if (settings.sample)
-      kernels::probabilities(ctx, logits_, temperature, p);
-    else
-      kernels::argmax(ctx, logits_, argmax_.tensor());
+  const auto t = static_cast<float>(temperature);
+  replay_(ctx, {0, row + 1, std::bit_cast<int32_t>(t), b}, [&] {
+    model_.logits(ctx, sequences_[b].output, logits_);
+    kernels::probabilities(ctx, logits_, t, p);
   });
-  if (settings.sample) q_host_[row].send(ctx, p);
+  q_host_[row].send(ctx, p);
   kernels::synchronize(ctx.device, ctx.stream);
-  if (!settings.sample) return *argmax_.data<int32_t>();
-  q = q_host_[row].data<float>();
-  return draw_index(q, model_.vocabulary(), view.key.draft(view.root_position() + draft, 0));
+  const float* q = q_host_[row].data<float>();
+  return {q, draw_index(q, model_.vocabulary(), view.key.draft(view.root_position() + draft, 0))};
 }
 
-void MtpDrafter::propose_one(const Context& ctx, int64_t b, const SequenceView& view,
-                             const DraftSettings& settings, DraftTree& tree) {
-  Sequence& sequence = sequences_[b];
-  const int64_t root = view.root_position(), count = std::min({drafts_, view.max_depth, view.max_drafts});
-  if (count <= 0) return;
+void MtpDrafter::take_likeliest(const Context& ctx, int64_t b, int64_t draft) {
+  replay_(ctx, {0, -draft, 0, b}, [&] {
+    model_.logits(ctx, sequences_[b].output, logits_);
+    kernels::argmax(ctx, logits_, argmax_.tensor().slice(b, 1).columns(draft - 1, 1).view({1}));
+  });
+}
+
+int64_t MtpDrafter::propose_one(const Context& ctx, int64_t b, const SequenceView& view,
+                                const DraftSettings& settings, DraftTree& tree) {
+  const int64_t root = view.root_position();
+  const int64_t count = std::max<int64_t>(0, std::min({drafts_, view.max_depth, view.max_drafts}));
   text_.assign(view.tokens.begin(), view.tokens.end());
+  accepted_ = static_cast<int64_t>(text_.size());
+  on_device_ = !settings.sample;
   for (int64_t draft = 1; draft <= count; ++draft) {
-    if (draft > modules_) {
-      if (draft > 1 && !advance_beyond(ctx, sequence, root, draft)) return;
-    } else if (draft > 1 && !advance_drafted(ctx, sequence, draft, root)) {
-      return;
+    const bool advanced = draft == 1 || (draft > modules_ ? advance_beyond(ctx, b, root, draft)
+                                                          : advance_drafted(ctx, b, draft, root));
+    if (!advanced) return draft - 1;
+    if (settings.sample) {
+      const auto [q, token] = sample(ctx, b, view, settings.temperature, draft);
+      tree.add(static_cast<int>(draft) - 1, token, q);
+      text_.push_back(token);
+    } else {
+      take_likeliest(ctx, b, draft);
+      text_.push_back(0);
     }
-    const float* q = nullptr;
-    const int32_t token = draft_token(ctx, sequence, view, settings, b, draft, q);
-    tree.add(static_cast<int>(draft) - 1, token, q);
-    text_.push_back(token);
   }
+  return count;
 }
 
 void MtpDrafter::propose(const Context& ctx, std::span<const SequenceView> sequences,
                          const DraftSettings& settings, std::span<DraftTree> trees) {
+  std::array<int64_t, kMaxDecodeRows> counts{};
   for (size_t b = 0; b < sequences.size(); ++b)
-    if (sequences[b].active) propose_one(ctx, static_cast<int64_t>(b), sequences[b], settings, trees[b]);
+    if (sequences[b].active)
+      counts[b] = propose_one(ctx, static_cast<int64_t>(b), sequences[b], settings, trees[b]);
+  if (settings.sample) return;
+  // The only wait: a draft goes from its logits to the rows of the next without the host.
+  kernels::synchronize(ctx.device, ctx.stream);
+  for (size_t b = 0; b < sequences.size(); ++b)
+    for (int64_t i = 0; i < counts[b]; ++i)
+      trees[b].add(static_cast<int>(i), argmax_.data<int32_t>()[static_cast<int64_t>(b) * max_drafts_ + i]);
 }
 
 }  // namespace trainer

@@ -3,6 +3,8 @@
 // token i + k and predicts token i + k + 1. Every depth has a cache of its own, committed with rows whose
 // hidden states and tokens are the accepted ones; rows that rest on drafts are computed again once the tokens
 // are known. Past the last depth the last module is applied to its own output, one row further on.
+#include <utility>
+
 #include "trainer/decode/drafters/drafter.h"
 #include "trainer/decode/step_rows.h"
 
@@ -33,19 +35,25 @@ class MtpDrafter : public Drafter {
   };
 
   void append(const Context& ctx, Depth& depth, int64_t at, const Tensor& hidden);
-  // Runs rows of the tokens at [position, position + inputs) through depth k, at a state of `length` rows.
-  // The hidden state of the last of them goes to `last` too, where that is a tensor.
-  Tensor run(const Context& ctx, int64_t k, DecodeState& state, int64_t length,
-             std::span<const int32_t> tokens, const Tensor& inputs, const Tensor& last);
+  // Runs `count` rows of sequence b through depth k, at a state of `length` rows: those of the tokens of
+  // text_ from `first` on. The hidden state of the last of them goes to `last` too, where that is a tensor.
+  Tensor run(const Context& ctx, int64_t b, int64_t k, DecodeState& state, int64_t length, int64_t first,
+             int64_t count, const Tensor& inputs, const Tensor& last);
+  // The drafts that only the device knows yet, as tokens of the rows that are uploaded.
+  void fill_in_drafts(const Context& ctx, int64_t b, int64_t first, int64_t count);
   // Commits all rows of the latest run.
   void commit(const Context& ctx, DecodeState& state);
-  void catch_up(const Context& ctx, Sequence& sequence, std::span<const int32_t> tokens);
-  bool advance_drafted(const Context& ctx, Sequence& sequence, int64_t k, int64_t root);
-  bool advance_beyond(const Context& ctx, Sequence& sequence, int64_t root, int64_t draft);
-  int32_t draft_token(const Context& ctx, const Sequence& sequence, const SequenceView& view,
-                      const DraftSettings& settings, int64_t b, int64_t draft, const float*& q);
-  void propose_one(const Context& ctx, int64_t b, const SequenceView& view, const DraftSettings& settings,
-                   DraftTree& tree);
+  void catch_up(const Context& ctx, int64_t b, std::span<const int32_t> tokens);
+  bool advance_drafted(const Context& ctx, int64_t b, int64_t k, int64_t root);
+  bool advance_beyond(const Context& ctx, int64_t b, int64_t root, int64_t draft);
+  // The distribution of a draft, and what is drawn from it.
+  std::pair<const float*, int32_t> sample(const Context& ctx, int64_t b, const SequenceView& view,
+                                          double temperature, int64_t draft);
+  // Draft number `draft` is the likeliest token, which stays on the device.
+  void take_likeliest(const Context& ctx, int64_t b, int64_t draft);
+  // How many drafts there are for sequence b. Sampled ones are in the tree, others on the device.
+  int64_t propose_one(const Context& ctx, int64_t b, const SequenceView& view, const DraftSettings& settings,
+                      DraftTree& tree);
 
   const Model& model_;
   int64_t modules_, max_drafts_, drafts_;
@@ -55,8 +63,10 @@ class MtpDrafter : public Drafter {
   Tensor hidden_;                 // (64, C): outputs of the latest run
   Tensor logits_;                 // (1, V)
   Tensor q_;                      // (B * max_drafts, V)
-  SharedResult argmax_;           // (1)
-  std::vector<int32_t> text_;     // accepted tokens and drafts
+  SharedResult argmax_;           // (B, max_drafts): the likeliest drafts
+  std::vector<int32_t> text_;     // accepted tokens and drafts, of which the device may know more
+  int64_t accepted_ = 0;          // tokens of text_ that are no drafts
+  bool on_device_ = false;        // drafts of text_ are placeholders for those in argmax_
   std::vector<HostCopy> q_host_;  // (B * max_drafts)
   Replay replay_;
 };
