@@ -34,14 +34,29 @@ __device__ __forceinline__ void cluster_sync() {
 
 // The same for shared memory alone, which does not wait for global memory. What was read of other blocks has
 // to have been used.
-__device__ __forceinline__ void cluster_sync_shared() {
+__device__ __forceinline__ void cluster_arrive_shared() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "fence.release.sync_restrict::shared::cta.cluster;\n\t"
-      "barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+      "fence.release.sync_restrict::shared::cta.cluster;\n\tbarrier.cluster.arrive.relaxed.aligned;" ::
           : "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
+#endif
+}
+__device__ __forceinline__ void cluster_sync_shared() {
+  cluster_arrive_shared();
+  cluster_wait();
+}
+
+// No thread leaves before every thread of the cluster is here. What was read has to have been used.
+__device__ __forceinline__ void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
@@ -55,6 +70,26 @@ __device__ __forceinline__ const T* cluster_shared(const T* mine, uint32_t rank)
 #else
   return mine;
 #endif
+}
+
+// The same for an address within shared memory, and two numbers from there.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t mine, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t theirs;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(rank));
+  return theirs;
+#else
+  return mine;
+#endif
+}
+__device__ __forceinline__ float2 load_cluster(uint32_t from) {
+  float2 x;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+#else
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+#endif
+  return x;
 }
 
 // Until everything ahead in the stream has ended and its results can be read. A block of a kernel launched as

@@ -36,7 +36,18 @@ __device__ __forceinline__ float binary_exp(float x) {
   return y;
 }
 
-__device__ __forceinline__ void keep_here(float& x) { asm volatile("" : "+f"(x)); }
+// 1 / x as the hardware has it: relative error 2^-23.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// An address that is worked out where this stands, not where it is used.
+template <typename T>
+__device__ __forceinline__ void settle(const T* address) {
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.eq.u64 p, %0, -1;\n\t@p trap;\n\t}" ::"l"(address));
+}
 
 // What scales the old state and the chunk when a chunk is taken into (maximum, sum); logarithms are binary.
 struct ChunkWeights {

@@ -49,18 +49,38 @@ __device__ __forceinline__ uint32_t value_column() { return threadIdx.x % 32 / 1
 
 // Two steps of scores.
 template <typename T, int D>
-__device__ __forceinline__ void multiply_keys(const uint32_t (&q)[D / 16][4], const uint32_t* keys,
-                                              float (*s)[4]) {
+__device__ __forceinline__ void multiply_keys(uint32_t queries, const uint32_t* keys, float (*s)[4]) {
 #pragma unroll
-  for (int column = 0; column < D / 16; ++column)
+  for (int column = 0; column < D / 16; ++column) {
+    uint32_t a[4];
+    load_matrices(queries + column * 32, a);
 #pragma unroll
     for (int step = 0; step < kTogether; ++step) {
-      const uint32_t(&a)[4] = q[column];
       uint32_t b[4];
       load_matrices(keys[step] + column * 32, b);
       multiply_add<T>(s[2 * step], a[0], a[1], a[2], a[3], b[0], b[1]);
       multiply_add<T>(s[2 * step + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
+  }
+}
+
+// Of two steps of scores only the first `visible` ones count; the largest of each query goes into `top`.
+__device__ __forceinline__ void raise_maximum(float (*s)[4], int visible, float (&top)[2]) {
+  constexpr int kScores = 2 * kTogether;
+  const int place = threadIdx.x % 4 * 2;
+  if (visible < kTogether * 16)
+#pragma unroll
+    for (int n = 0; n < kScores; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (n * 8 + place + i % 2 >= visible) s[n][i] = -INFINITY;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest[kScores];
+#pragma unroll
+    for (int n = 0; n < kScores; ++n) largest[n] = fmaxf(s[n][2 * half], s[n][2 * half + 1]);
+    top[half] = fmaxf(top[half], fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])));
+  }
 }
 
 // Scores are scaled for binary logarithms. keys: addresses at key_column() of this lane's rows of each step.
@@ -70,28 +90,13 @@ __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys
   constexpr int kHalf = 2 * kTogether;
   const bool both = visible > kTogether * 16;
   float s[2 * kSteps][4] = {};
-  uint32_t q[D / 16][4];
-#pragma unroll
-  for (int column = 0; column < D / 16; ++column) load_matrices(queries + column * 32, q[column]);
-  multiply_keys<T, D>(q, keys, s);
-  if (both) multiply_keys<T, D>(q, keys + kTogether, s + kHalf);
-  if (visible < kChunk) {
-    const int place = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (n * 8 + place + i % 2 >= visible) s[n][i] = -INFINITY;
-  }
+  multiply_keys<T, D>(queries, keys, s);
+  if (both) multiply_keys<T, D>(queries, keys + kTogether, s + kHalf);
+  float top[2] = {-INFINITY, -INFINITY};
+  raise_maximum(s, visible, top);
+  if (both) raise_maximum(s + kHalf, visible - kTogether * 16, top);
   Weights w;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float top[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n)
-      top[n % 2] = fmaxf(top[n % 2], fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    w.maximum[half] = fmaxf(top[0], top[1]), w.sum[half] = 0;
-  }
+  w.maximum[0] = top[0], w.maximum[1] = top[1], w.sum[0] = w.sum[1] = 0;
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2)
 #pragma unroll
@@ -174,15 +179,6 @@ struct Columns {
     const ChunkWeights w = take_chunk(maximum, sum, x.maximum, x.sum);
     out.x = take_value(out.x, x.out.x, w), out.y = take_value(out.y, x.out.y, w);
   }
-  // Loaded where this stands, not where it is used.
-  __device__ __forceinline__ void keep() {
-    keep_here(maximum), keep_here(sum), keep_here(out.x), keep_here(out.y);
-  }
 };
-template <int D>
-__device__ __forceinline__ Columns load_result(const float* from, int column) {
-  const auto state = *reinterpret_cast<const float2*>(from + D);
-  return {state.x, state.y, *reinterpret_cast<const float2*>(from + column)};
-}
 
 }  // namespace kernels::cuda

@@ -11,29 +11,29 @@ namespace kernels::cuda {
 // Byte offsets in a block's shared memory; queries come first. The pool has keys and values of the committed
 // slots behind the last full chunk, a row of zeros at kZeros, the step's own rows from kChunk on.
 inline constexpr int kZeros = kChunk - 1;
+inline constexpr int kWarps = 8, kThreads = kWarps * 32;  // of a block; the first ones have a stage each
 struct Layout {
   int results;      // (queries of the block, 2, kResult) floats: of the last chunks
-  int places;       // (queries of the block) int: places of a row's list
-  int rows;         // (warps, kChunk) bytes: rows of the pool
+  int rows;         // (kWarps, kChunk) bytes: rows of the pool
   int pool, apart;  // apart: of a row's key and its value
-  int stages;       // (warps): keys, values of a chunk; then (16, kResult) floats: of a class
+  int stages;       // (stages): keys, values of a chunk; then (16, kResult) floats: of a class
   int totals;       // (queries of the block, D / 2) float4, where there are several rounds
   int bytes;
 };
-inline Layout layout_of(int width, int warps, int queries, int rows, bool rounds) {
+inline Layout layout_of(int width, int stages, int queries, int rows, bool rounds) {
   const int row = (width + 8) * 2, result = (width + 8) * 4;
   Layout l{};
   l.results = kQueries * row;
-  l.places = l.results + queries * 2 * result;
-  l.rows = l.places + kQueries * 4;
-  l.pool = l.rows + warps * kChunk;
+  l.rows = l.results + queries * 2 * result;
+  l.pool = l.rows + kWarps * kChunk;
   l.apart = (kChunk + rows) * row;
   l.stages = l.pool + 2 * l.apart;
-  l.totals = l.stages + warps * 2 * kChunk * row;
+  l.totals = l.stages + stages * 2 * kChunk * row;
   l.bytes = l.totals + (rounds ? queries * width * 8 : 0);
   return l;
 }
 
+inline constexpr int kAhead = 8;  // partial results that are fetched at once
 template <typename T>
 struct Tiles {
   SoftmaxDecode<T> step;
@@ -42,7 +42,9 @@ struct Tiles {
   int row_queries;  // queries of one row in a tile
   int row_factor;   // 2^16 / row_queries, rounded up
   int shift;        // a cluster has 2^shift blocks
+  int stages;       // of a block
   Layout at;
+  int rank[kAhead], ahead[kAhead];  // of a round's first results: the block, and the bytes into its stages
 };
 
 // blockIdx.x is the tile of a sequence's key head and the block of its cluster, y the sequence and key head.
@@ -50,7 +52,7 @@ struct Tile {
   int sequence, key_head, first, length, full;  // full: chunks of committed slots only
   int row, rows, query;                         // first row, rows, first query of a row
   int rank, mine, queries, own_row, own_rows;   // this block's share: queries, rows that have some of them
-  int warps, warp, lane;
+  int warp, lane;
 };
 
 // The row of query i of a tile: i / row_queries.
@@ -77,8 +79,14 @@ __device__ Tile tile_of(const Tiles<T>& p) {
   t.mine = t.rank * t.queries;
   t.own_row = row_of(p, t.mine);
   t.own_rows = max(min(row_of(p, t.mine + t.queries - 1) + 1, t.rows) - t.own_row, 0);
-  t.warps = blockDim.x / 32, t.warp = threadIdx.x / 32, t.lane = threadIdx.x % 32;
+  t.warp = threadIdx.x / 32, t.lane = threadIdx.x % 32;
   return t;
+}
+
+// The class whose full chunks this warp takes in the first round.
+template <typename T>
+__device__ int class_of(const Tiles<T>& p, const Tile& t) {
+  return t.warp < p.stages ? (t.warp << p.shift) + t.rank : 1 << 30;
 }
 
 // Query i of the tile: its row within the tile and its head; false where there is none.
@@ -92,15 +100,12 @@ __device__ bool find_query(const Tiles<T>& p, const Tile& t, int i, int& row, in
 
 extern __shared__ __align__(16) char block_memory[];
 
-__device__ __forceinline__ int* list_places(const Layout& at) {
-  return reinterpret_cast<int*>(block_memory + at.places);
-}
+template <int D>
+inline constexpr int kStageBytes = 2 * kChunk* kRowBytes<D>;
 template <int D>
 __device__ __forceinline__ char* stage_of(const Layout& at, int warp) {
-  return block_memory + at.stages + warp * 2 * kChunk * kRowBytes<D>;
+  return block_memory + at.stages + warp * kStageBytes<D>;
 }
-template <int D>
-inline constexpr int kStageFloats = 2 * kChunk* kRowBytes<D> / 4;
 // The result of the block's query i for the first or second of the last chunks.
 template <int D>
 __device__ __forceinline__ float* last_result(const Layout& at, int i, int which) {
@@ -164,49 +169,57 @@ __device__ void load_stored_pool(const Tiles<T>& p, const Tile& t) {
 }
 template <typename T, int D>
 struct NewRows {
+  static constexpr int kUnits = D / 8, kAtOnce = kThreads / kUnits;
   const T *q, *k, *v;
   uint32_t q_to, to;
   bool inside;
-  int rows, threads;
+  int row, rows;
 
-  __device__ NewRows(const Tiles<T>& p, const Tile& t) : threads(blockDim.x) {
-    find(p, t, threadIdx.x);
-    const int column = t.key_head * D;
-    k = p.step.k + t.first * p.step.k_stride + column;
-    v = p.step.v + t.first * p.step.v_stride + column;
-    to = shared_address(block_memory + p.at.pool) + kChunk * kRowBytes<D>;
+  __device__ NewRows(const Tiles<T>& p, const Tile& t) {
+    const int unit = threadIdx.x % kUnits, column = t.key_head * D + unit * 8;
+    row = threadIdx.x / kUnits;
+    k = p.step.k + (t.first + row) * p.step.k_stride + column;
+    v = p.step.v + (t.first + row) * p.step.v_stride + column;
+    to = shared_address(block_memory + p.at.pool) + (kChunk + row) * kRowBytes<D> + unit * 16;
     rows = t.own_rows > 0 ? t.row + t.own_row + t.own_rows : 0;
+    int query_row, head;
+    inside = find_query(p, t, row, query_row, head);
+    q = p.step.q + (inside ? (t.first + t.row + query_row) * p.step.q_stride + head * D : 0) + unit * 8;
+    q_to = shared_address(block_memory) + row * kRowBytes<D> + unit * 16;
+    settle(q), settle(k), settle(v);
   }
-  __device__ __forceinline__ void find(const Tiles<T>& p, const Tile& t, int i) {
-    const int query = i / (D / 8), unit = i % (D / 8);
-    int row, head;
-    inside = find_query(p, t, query, row, head);
-    q = p.step.q + (inside ? (t.first + t.row + row) * p.step.q_stride + head * D : 0) + unit * 8;
-    q_to = shared_address(block_memory) + query * kRowBytes<D> + unit * 16;
-  }
-  __device__ void load(const Tiles<T>& p, const Tile& t) {
-    load_rows<T, D>(k, p.step.k_stride, rows, to, threadIdx.x, threads);
-    load_rows<T, D>(v, p.step.v_stride, rows, to + p.at.apart, threadIdx.x, threads);
+  __device__ __forceinline__ void load(const Tiles<T>& p) {
+    static_assert(kAtOnce >= kQueries);
+    if (row < kQueries) copy_unit(q_to, q, inside);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kQueries * D / 8;) {
-      copy_unit(q_to, q, inside);
-      i += threads;
-      if (i < kQueries * D / 8) find(p, t, i);
+    for (; row < rows; row += kAtOnce) {
+      copy_unit(to, k, true);
+      copy_unit(to + p.at.apart, v, true);
+      k += kAtOnce * p.step.k_stride, v += kAtOnce * p.step.v_stride;
+      to += kAtOnce * kRowBytes<D>;
     }
     end_copies();
   }
 };
 
-// The new rows of which this block has the first query go into their slots.
+// The new rows of which this block has the first query go from the pool into their slots, which nobody reads
+// in the same launch. The last warps, which have least to do otherwise, begin.
 template <typename T, int D>
 __device__ void append_rows(const Tiles<T>& p, const Tile& t) {
   constexpr int kUnits = D / 8;
   if (t.query != 0) return;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < t.own_rows * kUnits; i += blockDim.x) {
-    const int row = t.own_row + i / kUnits;
-    if (row * p.row_queries >= t.mine)
-      p.step.template append<8>(t.sequence, t.key_head, t.length, t.first, t.row + row, i % kUnits * 8);
+  for (int i = kThreads - 1 - threadIdx.x; i < 2 * t.own_rows * kUnits; i += kThreads) {
+    const bool value = i >= t.own_rows * kUnits;
+    const int own = i / kUnits - (value ? t.own_rows : 0), row = t.row + t.own_row + own, unit = i % kUnits;
+    const int slot = t.length + row;
+    if ((t.own_row + own) * p.row_queries < t.mine || slot >= p.step.capacity) continue;
+    const char* from =
+        block_memory + p.at.pool + (value ? p.at.apart : 0) + (kChunk + row) * kRowBytes<D> + unit * 16;
+    T* cache = value ? p.step.cache_v + t.sequence * p.step.cache_v_stride
+                     : p.step.cache_k + t.sequence * p.step.cache_k_stride;
+    T* to = cache + (int64_t{slot} * p.step.key_heads + t.key_head) * D + unit * 8;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
   }
 }
 
