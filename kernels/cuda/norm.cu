@@ -79,8 +79,11 @@ __device__ __forceinline__ void load_row(const ForwardRow<X, Y>& at, int vectors
 
 // A group of a row stays in the registers of blockDim.x threads. Many warps with a row each keep as much in
 // flight as warps that fetch ahead would: here nothing is carried from row to row.
-template <class S, typename X, typename Y, bool kResidual>
-__global__ void __launch_bounds__(kMostThreads, 2) forward_kernel(const Forward f, int all_vectors) {
+// kEarly: gain and bias are fetched while the kernel ahead still runs, into registers that many rows need for
+// more warps.
+template <class S, typename X, typename Y, bool kResidual, bool kEarly>
+__global__ void __launch_bounds__(kMostThreads, kEarly ? 1 : 2)
+    forward_kernel(const Forward f, int all_vectors) {
   constexpr int N = kNormElements<X, Y>;
   __shared__ __align__(16) float shared[S::kWholeWarps ? kRowSums : 4];
   const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x), group = blockIdx.y;
@@ -88,8 +91,13 @@ __global__ void __launch_bounds__(kMostThreads, 2) forward_kernel(const Forward 
   const bool live = row < f.rows;
   const int vectors = live ? all_vectors : 0;
   let_next_start();
-  wait_for_previous();
   const ForwardRow<X, Y> at(f, live ? row : 0, group);
+  Vector<Y, N> gain[kEarly ? S::kVectors : 1], bias[kEarly ? S::kVectors : 1];
+  if constexpr (kEarly) {
+    load_parameters<S, N>(at.gain, 0, vectors, gain);
+    load_parameters<S, N>(at.bias, 0, vectors, bias);
+  }
+  wait_for_previous();
   Vector<X, N> x[S::kVectors];
   load_row<S, X, Y, kResidual>(at, vectors, x);
   RowSums<S> sums(shared);
@@ -116,13 +124,17 @@ __global__ void __launch_bounds__(kMostThreads, 2) forward_kernel(const Forward 
   for (int k = 0; k < S::kVectors; ++k) {
     const int c = (k * lanes + lane) * N;
     if (c >= f.columns) continue;
-    const auto gain = load_vector<Y, N>(at.gain + c);
-    Vector<Y, N> bias{}, y;
-    if (at.bias) bias = load_vector<Y, N>(at.bias + c);
+    const int i = kEarly ? k : 0;
+    Vector<Y, N> y;
+    if constexpr (!kEarly) {
+      gain[0] = load_vector<Y, N>(at.gain + c);
+      bias[0] = {};
+      if (at.bias) bias[0] = load_vector<Y, N>(at.bias + c);
+    }
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      y.at[j] =
-          from_float<Y>(fmaf((to_float(x[k].at[j]) - mean) * r, to_float(gain.at[j]), to_float(bias.at[j])));
+      y.at[j] = from_float<Y>(
+          fmaf((to_float(x[k].at[j]) - mean) * r, to_float(gain[i].at[j]), to_float(bias[i].at[j])));
     store_global(at.y + c, y);
   }
 }
@@ -176,8 +188,10 @@ void launch_forward(const Context& ctx, const char* name, const Forward& f, int6
       const int vectors = f.columns / N;
       const dim3 block = row_block<S>(f.rows, vectors);
       const dim3 grid(static_cast<unsigned>((f.rows + block.y - 1) / block.y), static_cast<unsigned>(groups));
-      launch(ctx, name, {.grid = grid, .block = block, .dependent = starts_early(grid.x * grid.y)},
-             forward_kernel<S, X, Y, kResidual>, f, vectors);
+      const bool early = starts_early(grid.x * grid.y);
+      launch(ctx, name, {.grid = grid, .block = block, .dependent = early},
+             early ? forward_kernel<S, X, Y, kResidual, true> : forward_kernel<S, X, Y, kResidual, false>, f,
+             vectors);
     }
   });
 }

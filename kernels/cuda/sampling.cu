@@ -16,7 +16,9 @@ namespace {
 constexpr int kWarps = 16, kThreads = kWarps * 32;
 constexpr unsigned kCluster = 8;
 constexpr int64_t kWideRow = 4096;  // shorter rows take one block
-constexpr int kAhead = 16;          // logits that a thread fetches at once
+// Of argmax: two blocks find room beside one of the kernel that makes the logits, and a cluster fetches the
+// rows of usual vocabularies at once.
+constexpr int kSearchWarps = 8, kSearchThreads = kSearchWarps * 32, kSearchAhead = 25;
 
 template <typename T>
 struct Logits {
@@ -51,34 +53,62 @@ __device__ __forceinline__ uint32_t order_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+__device__ __forceinline__ Key warp_largest(Key key) {
+  const auto order = static_cast<uint32_t>(key >> 32);
+  const uint32_t top = __reduce_max_sync(0xffffffffu, order);
+  const uint32_t low = __reduce_max_sync(0xffffffffu, order == top ? static_cast<uint32_t>(key) : 0);
+  return static_cast<Key>(top) << 32 | low;
+}
+
+// The largest key among elements first, first + kSearchThreads, ... of a thread's share. Not a number is less
+// than everything, and so is what lies beyond the row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) argmax_kernel(const Logits<T> logits, int32_t* tokens) {
-  __shared__ Key reduction[33], best_of_block;
-  const Share share;
+__device__ __forceinline__ Key largest_of_share(const T* x, int first, int columns) {
+  float values[kSearchAhead];
+#pragma unroll
+  for (int j = 0; j < kSearchAhead; ++j) {
+    values[j] = std::numeric_limits<float>::quiet_NaN();
+    if (j * kSearchThreads < columns - first) values[j] = to_float(x[first + j * kSearchThreads]);
+  }
+  float top = values[0];
+#pragma unroll
+  for (int j = 1; j < kSearchAhead; ++j) top = fmaxf(top, values[j]);
+  int index = first;
+#pragma unroll
+  for (int j = kSearchAhead - 1; j >= 0; --j)
+    if (values[j] == top) index = first + j * kSearchThreads;
+  return key_of(isnan(top) ? 0 : order_of(top), index);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSearchThreads, 4) argmax_kernel(const Logits<T> logits, int32_t* tokens) {
+  constexpr int kShare = kSearchAhead * kSearchThreads;
+  __shared__ Key of_warp[kSearchWarps];
+  const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(cluster_size());
+  const int64_t row = blockIdx.x / static_cast<unsigned>(blocks);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const T* x = logits.data + row * logits.stride;
   let_next_start();
   wait_for_previous();
-  const T* x = logits.data + share.row * logits.stride;
   Key best = 0;
-  for (int first = share.first; first < logits.columns; first += kAhead * share.step) {
-    T values[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) values[j] = x[min(first + j * share.step, logits.columns - 1)];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + j * share.step;
-      const float value = to_float(values[j]);
-      if (i < logits.columns) best = max(best, key_of(isnan(value) ? 0 : order_of(value), i));
-    }
-  }
-  best = block_reduce<Max, Key>(best, reduction, 0);
-  if (threadIdx.x == 0) best_of_block = best;
+#pragma unroll 1
+  for (int first = rank * kShare + static_cast<int>(threadIdx.x); first < logits.columns;
+       first += blocks * kShare)
+    best = max(best, largest_of_share(x, first, logits.columns));
+  best = warp_largest(best);
+  if (lane == 0) of_warp[warp] = best;
   cluster_sync_shared();
-  if (share.rank == 0 && threadIdx.x < 32) {
-    const int other = min(static_cast<int>(threadIdx.x), share.blocks - 1);
-    best = warp_reduce<Max>(*cluster_shared(&best_of_block, static_cast<uint32_t>(other)));
-    if (threadIdx.x == 0) tokens[share.row] = index_of(best);
+  if (rank == 0 && warp == 0) {
+    best = 0;
+#pragma unroll
+    for (int i = lane; i < static_cast<int>(kCluster) * kSearchWarps; i += 32)
+      if (i < blocks * kSearchWarps)
+        best =
+            max(best, *cluster_shared(of_warp + i % kSearchWarps, static_cast<uint32_t>(i / kSearchWarps)));
+    best = warp_largest(best);
+    if (lane == 0) tokens[row] = index_of(best);
   }
-  cluster_sync_shared();  // no block leaves while its result is read
+  cluster_leave();  // no block leaves while its results are read
 }
 
 // The same value in every thread of the cluster: blocks in the order of their ranks.
@@ -180,13 +210,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// fn(logits, shape): one cluster to a row.
+// fn(logits, shape): one cluster to a row, of blocks of so many threads.
 template <typename Fn>
-void over_rows(const Tensor& logits, Fn&& fn) {
+void over_rows(const Tensor& logits, int threads, Fn&& fn) {
   if (logits.rows() == 0) return;
   const unsigned cluster = logits.cols() >= kWideRow && has_clusters() ? kCluster : 1;
   const LaunchShape shape{.grid = dim3(static_cast<unsigned>(logits.rows()) * cluster),
-                          .block = dim3(kThreads),
+                          .block = dim3(static_cast<unsigned>(threads)),
                           .cluster = cluster,
                           .dependent = true};
   visit_device_dtype(logits.dtype, [&](auto tag) {
@@ -199,13 +229,13 @@ void over_rows(const Tensor& logits, Fn&& fn) {
 }  // namespace
 
 void argmax(const Context& ctx, const Tensor& logits, Tensor tokens) {
-  over_rows(logits, [&]<typename T>(const Logits<T>& x, const LaunchShape& shape) {
+  over_rows(logits, kSearchThreads, [&]<typename T>(const Logits<T>& x, const LaunchShape& shape) {
     launch(ctx, "argmax", shape, argmax_kernel<T>, x, tokens.as<int32_t>());
   });
 }
 
 void probabilities(const Context& ctx, const Tensor& logits, float temperature, Tensor p) {
-  over_rows(logits, [&]<typename T>(const Logits<T>& x, const LaunchShape& shape) {
+  over_rows(logits, kThreads, [&]<typename T>(const Logits<T>& x, const LaunchShape& shape) {
     launch(ctx, "probabilities", shape, probabilities_kernel<T>, x, 1 / temperature, p.as<float>(),
            p.row_stride);
   });
@@ -213,7 +243,7 @@ void probabilities(const Context& ctx, const Tensor& logits, float temperature, 
 
 void top_k(const Context& ctx, const Tensor& logits, Tensor indices) {
   if (indices.cols() == 0) return;
-  over_rows(logits, [&]<typename T>(const Logits<T>& x, const LaunchShape& shape) {
+  over_rows(logits, kThreads, [&]<typename T>(const Logits<T>& x, const LaunchShape& shape) {
     launch(ctx, "top_k", shape, top_k_kernel<T>, x, static_cast<int>(indices.cols()), indices.as<int32_t>(),
            indices.row_stride);
   });
