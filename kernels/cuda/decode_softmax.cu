@@ -127,27 +127,27 @@ __device__ __forceinline__ void take_more(const Tiles<T>& p, const Tile& t, uint
   }
 }
 
-// This warp's last chunks from `last` on, then its class's full chunks, of which the first is in the warp's
-// stage; the class's result takes their place. One loop for the last chunks and the first full one: short
-// code is fetched sooner.
+// This warp's last chunks from `now` on, if there are any, then its class's full chunks, of which the first
+// is in the warp's stage and is `now` otherwise; the class's result takes their place. One loop for the last
+// chunks and the first full one: short code is fetched sooner.
 template <typename T, int D>
 __device__ __forceinline__ void take_chunks(const Tiles<T>& p, const Tile& t, uint64_t ancestors,
-                                            LastChunk last, int first) {
+                                            LastChunk now, bool lasts, int first) {
   const uint32_t queries = shared_address(block_memory) + value_row() * kRowBytes<D> + value_column();
+  if (!lasts && first >= t.full) return;
   Partial<D> state;
 #pragma unroll 1
-  for (bool lasts = last.visible > 0;;) {
-    if (!lasts) {
-      if (first >= t.full) return;
-      static_cast<Chunk&>(last) = staged_chunk<D>(p.at, t.warp);
-    }
-    state = weighted_sum<T, D>(weigh<T, D>(queries, last.keys, p.step.scale, last.visible), last.values,
-                               last.visible);
+  for (;;) {
+    state = weighted_sum<T, D>(weigh<T, D>(queries, now.keys, p.step.scale, now.visible), now.values,
+                               now.visible);
     __syncwarp();
     if (!lasts) break;
-    store_last<T, D>(p, t, last, state);
-    last = find_last<T, D>(p, t, ancestors, last.item + kWarps);
-    lasts = last.visible > 0;
+    store_last<T, D>(p, t, now, state);
+    now = find_last<T, D>(p, t, ancestors, now.item + kWarps);
+    lasts = now.visible > 0;
+    if (lasts) continue;
+    if (first >= t.full) return;
+    static_cast<Chunk&>(now) = staged_chunk<D>(p.at, t.warp);
   }
   if (first + kClasses < t.full) take_more<T, D>(p, t, queries, first + kClasses, state);
   auto* stage = reinterpret_cast<float*>(stage_of<D>(p.at, t.warp));
@@ -242,17 +242,18 @@ struct Finish {
 
 template <typename T, int D>
 __device__ __forceinline__ void take_rounds(const Tiles<T>& p, const Tile& t, uint64_t ancestors,
-                                            LastChunk last) {
+                                            LastChunk now, bool lasts) {
   const int classes = p.stages << p.shift, filled = min(t.full, kClasses), units = t.queries * D / 2;
   int mine = class_of(p, t);
   for (int low = 0;; low += classes, mine += classes) {
     const int end = low + classes;
-    take_chunks<T, D>(p, t, ancestors, last, mine);
-    last = {};
+    take_chunks<T, D>(p, t, ancestors, now, lasts, mine);
     cluster_arrive_shared();
 #pragma unroll 1
     for (int first = 0; first < units; first += kThreads) {
-      const Finish<T, D> finish(p, t, ancestors, first + static_cast<int>(threadIdx.x));
+      // Warps that have least to do otherwise begin.
+      const int thread = static_cast<int>(threadIdx.x) ^ (kThreads - 32);
+      const Finish<T, D> finish(p, t, ancestors, first + thread);
       uint32_t from[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) from[j] = cluster_address(finish.mine(p, t) + p.ahead[j], p.rank[j]);
@@ -261,6 +262,7 @@ __device__ __forceinline__ void take_rounds(const Tiles<T>& p, const Tile& t, ui
     }
     if (end >= filled) break;
     cluster_sync_shared();  // before results are overwritten
+    now = {staged_chunk<D>(p.at, t.warp)}, lasts = false;
     load_keys<T, D>(p, t, mine + classes);
     load_values<T, D>(p, t, mine + classes);
     wait_for_copies<0>();
@@ -283,14 +285,16 @@ __global__ void __launch_bounds__(kThreads, kResident<D>) softmax_decode_kernel(
   load_stored_pool<T, D>(p, t);
   // Warps without a full chunk are the first to take last chunks.
   const int busy = min((t.full - t.rank + (1 << p.shift) - 1) >> p.shift, p.stages);
-  const LastChunk last = find_last<T, D>(p, t, ancestors, (t.warp - busy) & (kWarps - 1));
+  LastChunk now = find_last<T, D>(p, t, ancestors, (t.warp - busy) & (kWarps - 1));
+  const bool lasts = now.visible > 0;
+  if (!lasts) static_cast<Chunk&>(now) = staged_chunk<D>(p.at, t.warp);
   NewRows<T, D> fresh(p, t);
   wait_for_previous();
   fresh.load(p);
   wait_for_copies<0>();
   __syncthreads();
   append_rows<T, D>(p, t);
-  take_rounds<T, D>(p, t, ancestors, last);
+  take_rounds<T, D>(p, t, ancestors, now, lasts);
 }
 
 // Tiles of a step, `rows` rows being the most that one sequence can have among them.
