@@ -14,11 +14,17 @@
 // room beside it. Where panels are many, as in a vocabulary, that is bound by level 2, and rows_stream.cuh
 // has another form of the same sums.
 //
-// A norm ahead of the layer is computed by every block for itself, in the registers that hold x, where a
-// block has all inputs: it costs less than a kernel of its own takes to start and end.
+// A norm ahead of the layer is computed by every block for itself, where a block has all inputs
+// (rows_norm.cuh): it costs less than a kernel of its own takes to start and end.
+//
+// Kernels of a decoding step follow one another closely and start early. So that the weights of the next one
+// arrive while this one works, both must find room: beyond 8 rows a kernel has one block for a multiprocessor
+// and takes half of its registers and shared memory.
 #include <algorithm>
 
 #include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/device/rows_exchange.cuh"
+#include "kernels/cuda/device/rows_norm.cuh"
 #include "kernels/cuda/device/rows_product.cuh"
 #include "kernels/cuda/device/rows_stream.cuh"
 #include "kernels/cuda/launch.h"
@@ -28,144 +34,179 @@ namespace kernels::cuda {
 
 namespace {
 
+template <typename T>
 __device__ __forceinline__ float gelu_of(float x) {
   const float twice_u = 1.5957691216057308f * x * (1 + 0.044715f * x * x);
+  if constexpr (sizeof(T) == 2) return __fdividef(x, 1 + __expf(-twice_u));
   return x / (1 + expf(-twice_u));
 }
 
-// This thread's share of the outputs of a block's panels, which are dealt out to the threads of all blocks of
-// a cluster, and what is added to the sums there: fetched ahead of them.
+// This thread's share of the outputs of a block's panels, which are dealt out to the warps of all blocks of a
+// cluster in lines of 32, and what is added to the sums there: fetched ahead of them.
 // Behind a norm a cluster is one block, and there is no residual.
 template <typename T, int kColumns, int kSide, bool kNorm>
 struct Outputs {
-  static constexpr int kPanelElements = kColumns * 8 * kPanel, kElements = kSide * kPanelElements;
-  static constexpr int kCount = std::max(kElements / kThreads, 1);
-  T bias[kCount], residual[kCount];
+  static constexpr unsigned kPanelElements = kColumns * 8 * kPanel, kElements = kSide * kPanelElements;
+  static constexpr int kLines = kElements / 32;
+  static constexpr int kCount = std::max(kLines / kWarps, 1);
 
-  static __device__ __forceinline__ int blocks() { return kNorm ? 1 : static_cast<int>(cluster_size()); }
-  static __device__ __forceinline__ int rank() { return kNorm ? 0 : static_cast<int>(cluster_rank()); }
-  static __device__ __forceinline__ int element(int i) {
-    return rank() + (static_cast<int>(threadIdx.x) + i * kThreads) * blocks();
+  static __device__ __forceinline__ LineShare share() {
+    return kNorm ? LineShare{1, 0}
+                 : LineShare{static_cast<int>(cluster_size()), static_cast<int>(cluster_rank())};
   }
-  // The row and the column of y.
-  struct Place {
-    int n, m;
-    bool inside;
-    __device__ Place(const RowsCall& a, int panel, int element)
-        : n(first_row() + element % kPanelElements / kPanel),
-          m((panel + element / kPanelElements) * kPanel + element % kPanel),
-          inside(element < kElements && n < a.rows && m < a.out) {}
-  };
+  // Line i of this warp is its block's own one number own(i).
+  static __device__ __forceinline__ int own(int i) { return static_cast<int>(threadIdx.x) / 32 + i * kWarps; }
+  static __device__ __forceinline__ bool is_line(int own) { return kLines % kWarps == 0 || own < kLines; }
+  static __device__ __forceinline__ unsigned element(int i) {
+    return static_cast<unsigned>(share().line(own(i))) * 32 + threadIdx.x % 32;
+  }
+  // Of an element: its row among the block's, its output among the panels'.
+  static __device__ __forceinline__ int row(int i) {
+    return static_cast<int>(element(i) % kPanelElements / kPanel);
+  }
+  static __device__ __forceinline__ int output(int i) {
+    return static_cast<int>(element(i) / kPanelElements * kPanel + element(i) % kPanel);
+  }
 
-  __device__ __forceinline__ void load_bias(const RowsCall& a, int panel) {
+  // Takes the outputs of the panels from `panel` on. Addresses are computed here, and not where they are
+  // used.
+  __device__ __forceinline__ void aim(const RowsCall& a, int panel) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Place at(a, panel, element(i));
-      bias[i] = a.bias && at.inside ? static_cast<const T*>(a.bias)[at.m] : T(0.0f);
+      const int n = first_row() + row(i), m = panel * kPanel + output(i);
+      const bool inside = element(i) < kElements && n < a.rows && m < a.out;
+      bias_[i] = a.bias && inside ? static_cast<const T*>(a.bias)[m] : T(0.0f);
+      to_[i] = inside ? static_cast<char*>(a.y) + (n * a.y_stride + m) * (a.y_fp32 ? 4 : sizeof(T)) : nullptr;
+      keep_global(to_[i]);
+      if constexpr (kNorm) continue;
+      from_[i] =
+          a.residual && inside ? static_cast<const T*>(a.residual) + n * a.residual_stride + m : nullptr;
+      keep_global(from_[i]);
     }
   }
-  __device__ __forceinline__ void load_residual(const RowsCall& a, int panel) {
+  __device__ __forceinline__ void load_residual() {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Place at(a, panel, element(i));
-      residual[i] = a.residual && at.inside
-                        ? static_cast<const T*>(a.residual)[at.n * a.residual_stride + at.m]
-                        : T(0.0f);
-    }
+    for (int i = 0; i < kCount; ++i) residual_[i] = from_[i] ? *from_[i] : T(0.0f);
   }
-  __device__ __forceinline__ void write(const RowsCall& a, int panel, int i, float sum) const {
-    const Place at(a, panel, element(i));
-    if (!at.inside) return;
-    sum += to_float(bias[i]);
-    if (a.gelu) sum = gelu_of(sum);
-    if constexpr (!kNorm) sum += to_float(residual[i]);
-    store_output<T>(a, at.n, at.m, sum);
+  __device__ __forceinline__ void write(const RowsCall& a, int i, float sum) const {
+    if (!to_[i]) return;
+    sum += to_float(bias_[i]);
+    if (a.gelu) sum = gelu_of<T>(sum);
+    if constexpr (!kNorm) sum += to_float(residual_[i]);
+    if (a.y_fp32)
+      *reinterpret_cast<float*>(to_[i]) = sum;
+    else
+      *reinterpret_cast<T*>(to_[i]) = from_float<T>(sum);
   }
+
+ private:
+  T bias_[kCount], residual_[kCount];
+  const T* from_[kCount];
+  char* to_[kCount];
 };
 
 template <int kColumns>
 using WarpSums = float[kWarps][kColumns * 8 * kPitch];
 
-// Adds the warps' sums, then the blocks', and writes the outputs of the block's panels, of which `panel` is
-// the first.
-template <int kColumns, class Shares>
-__device__ __forceinline__ void finish(const RowsCall& a, int panel, const Shares& outputs,
-                                       const WarpSums<kColumns>* partial, float* block_sum) {
-  const int blocks = outputs.blocks();
-  const auto sum_of_warps = [&](int e) {
-    const auto& sums = partial[e / Shares::kPanelElements];
-    const int place = e % Shares::kPanelElements / kPanel * kPitch + e % kPanel;
+// Adds the warps' sums, then the blocks', and writes the outputs of the block's panels.
+template <int kColumns, class Share>
+class Ending {
+ public:
+  using Blocks = Exchange<Share::kLines, kMostCluster>;
+  // Ahead of waiting.
+  __device__ __forceinline__ Ending(const WarpSums<kColumns>* partial, Blocks& blocks)
+      : partial_(partial), blocks_(blocks) {
+    const LineShare share = Share::share();
+    if (share.blocks == 1) return;
+    blocks_.start(share);
+#pragma unroll
+    for (int i = 0; i < Share::kCount; ++i) way_[i] = blocks_.way(share, Share::own(i));
+  }
+  // round: of the block's panels. of(i, sum): what is written for the sum of this thread's element i.
+  template <class Of>
+  __device__ __forceinline__ void operator()(const RowsCall& a, int round, const Share& outputs, Of&& of) {
+    const LineShare share = Share::share();
+    float sum[Share::kCount] = {};
+#pragma unroll
+    for (int i = 0; i < Share::kCount; ++i)
+      if (Share::is_line(Share::own(i)))
+        sum[i] = sum_of_warps(static_cast<unsigned>(Share::own(i)) * 32 + threadIdx.x % 32);
+    if (share.blocks > 1) {
+#pragma unroll
+      for (int i = 0; i < Share::kCount; ++i)
+        if (Share::is_line(Share::own(i))) Blocks::send(way_[i], sum[i]);
+      blocks_.wait(round);
+#pragma unroll
+      for (int i = 0; i < Share::kCount; ++i)
+        if (share.line(Share::own(i)) < Share::kLines) sum[i] = blocks_.sum(share, Share::own(i));
+    }
+#pragma unroll
+    for (int i = 0; i < Share::kCount; ++i)
+      if (Share::is_line(Share::own(i))) outputs.write(a, i, of(i, sum[i]));
+  }
+  // Until the next round may begin.
+  __device__ __forceinline__ void next_round() {
+    const LineShare share = Share::share();
+    if (share.blocks == 1) return __syncthreads();
+    if (threadIdx.x == 0) blocks_.expect(share);
+    cluster_sync_shared();
+  }
+
+ private:
+  __device__ __forceinline__ float sum_of_warps(unsigned e) const {
+    const auto& sums = partial_[e / Share::kPanelElements];
+    const unsigned place = e % Share::kPanelElements / kPanel * kPitch + e % kPanel;
     float sum = sums[0][place];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += sums[w][place];
     return sum;
-  };
-  if (blocks > 1) {
-#pragma unroll
-    for (int e = threadIdx.x; e < Shares::kElements; e += kThreads) block_sum[e] = sum_of_warps(e);
-    cluster_sync_shared();
   }
-#pragma unroll
-  for (int i = 0; i < Shares::kCount; ++i) {
-    const int e = outputs.element(i);
-    if (e >= Shares::kElements) continue;
-    float sum = blocks == 1 ? sum_of_warps(e) : 0;
-    if (blocks > 1)
-#pragma unroll 4
-      for (int r = 0; r < blocks; ++r) sum += cluster_shared(block_sum, r)[e];
-    outputs.write(a, panel, i, sum);
-  }
-  // Before the sums are overwritten, and before a block leaves while others read them.
-  if (blocks > 1)
-    cluster_sync_shared();
-  else
-    __syncthreads();
-}
+  const WarpSums<kColumns>* partial_;
+  Blocks& blocks_;
+  typename Blocks::Way way_[Share::kCount];
+};
 
 // Blocks of a multiprocessor: as many as registers leave room for.
 template <int kColumns, Input kInput>
 inline constexpr int kResident = kColumns == 1 && kInput != Input::norm ? 3 : 2;
 
 // A block has kSide panels at a time, against at most kColumns * 8 rows of x: it reads (and normalises) them
-// once for all its panels.
+// once for all its panels. What does not need the kernel ahead is done before waiting for it; then x is the
+// first to be asked for.
 template <typename T, int kColumns, int kSide, Input kInput>
 __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_kernel(const RowsCall a) {
-  constexpr bool kNorm = kInput == Input::norm;
-  using Share = Outputs<T, kColumns, kSide, kNorm>;
+  using Share = Outputs<T, kColumns, kSide, false>;
+  using End = Ending<kColumns, Share>;
+  using Product = WarpProduct<T, kColumns, kSide, kInput != Input::elements>;
+  using Way = typename Product::Way;
+  extern __shared__ uint4 shared_vectors[];
   __shared__ WarpSums<kColumns> partial[kSide];
-  __shared__ alignas(8) float block_sum[Share::kElements];  // or what a norm exchanges
-  __shared__ uint4 norm[2][kNorm ? kNormVectors : 1];
+  __shared__ typename End::Blocks from_blocks;
   Share outputs;
-  const int blocks = outputs.blocks(), rank = outputs.rank(), slices = kNorm ? 1 : a.slices;
+  const auto [blocks, rank] = Share::share();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int step = static_cast<int>(gridDim.x) / blocks * kSide;
-  const Slice first = kNorm ? Slice{0, a.tiles} : slice_of(a, rank);
-  int panel = static_cast<int>(blockIdx.x) / blocks * kSide, loaded = -1;
-  WarpProduct<T, kColumns, kSide, kInput != Input::elements> product;
+  const Slice first = slice_of(a, rank);
+  int panel = static_cast<int>(blockIdx.x) / blocks * kSide, loaded = rank;
+  Product product(shared_vectors);
   let_next_start();
   product.fetch(a, panel, first, warp, lane);
-  NormShares shares;
-  if constexpr (kNorm) {
-    fetch_norm<T>(a, norm);
-    shares.compute(a, warp, lane);
-  }
-  outputs.load_bias(a, panel);
+  outputs.aim(a, panel);
+  End end(partial, from_blocks);
+  Way way(a, first, warp, lane);
+  way.keep();
   wait_for_previous();
-  for (; panel < a.panels; panel += step) {
-    if constexpr (!kNorm) outputs.load_residual(a, panel);
-    for (int s = rank; s < slices; s += blocks) {
+  product.load_x(a, way, first, warp, lane);
+  outputs.load_residual();
+  for (int round = 0;; ++round) {
+    product.clear();
+    for (int s = rank; s < a.slices; s += blocks) {
       const Slice slice = s == rank ? first : slice_of(a, s);
-      if (loaded != s) {
-        product.load_x(a, slice, warp, lane);
-        if constexpr (kNorm)
-          product.normalise(a, shares, warp, lane, reinterpret_cast<float2(*)[kColumns * 8]>(block_sum),
-                            norm);
-      }
+      if (loaded != s) product.load_x(a, Way(a, slice, warp, lane), slice, warp, lane);
       loaded = s;
-      if (s == rank) product.clear();
       product.multiply(a, slice, warp);
       // In flight while these panels are finished.
-      if (s + blocks < slices)
+      if (s + blocks < a.slices)
         product.fetch(a, panel, slice_of(a, s + blocks), warp, lane);
       else if (panel + step < a.panels)
         product.fetch(a, panel + step, first, warp, lane);
@@ -173,8 +214,59 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
     __syncthreads();
-    finish<kColumns>(a, panel, outputs, partial, block_sum);
-    outputs.load_bias(a, panel + step);
+    end(a, round, outputs, [](int, float sum) { return sum; });
+    panel += step;
+    if (panel >= a.panels) break;
+    outputs.aim(a, panel);
+    outputs.load_residual();
+    end.next_round();
+  }
+}
+
+// The same of a norm of x. A block has all inputs.
+template <typename T, int kColumns, int kSide>
+__global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a) {
+  using Share = Outputs<T, kColumns, kSide, true>;
+  using End = Ending<kColumns, Share>;
+  using Norm = RowsNorm<T, kColumns, kSide>;
+  extern __shared__ uint4 shared_vectors[];
+  __shared__ WarpSums<kColumns> partial[kSide];
+  __shared__ typename End::Blocks from_blocks;
+  __shared__ typename Norm::Shared shared;
+  Share outputs;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int step = static_cast<int>(gridDim.x) * kSide;
+  const Slice all{0, a.tiles};
+  int panel = static_cast<int>(blockIdx.x) * kSide;
+  typename Norm::Product product(shared_vectors);
+  let_next_start();
+  product.fetch(a, panel, all, warp, lane);
+  const Norm norm(a, warp, lane);
+  outputs.aim(a, panel);
+  End end(partial, from_blocks);
+  typename Norm::Product::Way way(a, all, warp, lane);
+  way.keep();
+  wait_for_previous();
+  product.load_x(a, way, all, warp, lane);
+  for (int round = 0;; ++round) {
+    norm.share_shifts(product, warp, lane, shared);
+    if (round == 0)
+      norm(a, product, way.tiles, warp, lane, shared);
+    else
+      __syncthreads();
+    norm.add_shifts(shared);
+    product.clear();
+    product.multiply(a, all, warp);
+    if (panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
+#pragma unroll
+    for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
+    __syncthreads();
+    end(a, round, outputs,
+        [&](int i, float sum) { return shared.normed(Share::row(i), Share::output(i), sum); });
+    panel += step;
+    if (panel >= a.panels) break;
+    outputs.aim(a, panel);
+    end.next_round();
   }
 }
 
@@ -200,26 +292,58 @@ __global__ void pack_kernel(const T* matrix, int64_t stride, int out, int in, in
   __threadfence();
 }
 
+// What every call of a product is launched with: blocks of a cluster, groups of rows.
+struct RowsGrid {
+  int cluster, groups;
+  // Clusters of a group where the multiprocessors hold so many blocks each.
+  int places(int resident) const { return std::max(multiprocessors() * resident / cluster / groups, 1); }
+};
+
 template <typename T, int kColumns, int kSide, Input kInput>
-void launch_rows(const Context& ctx, const RowsCall& a, int cluster, int groups, int places) {
+void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int places) {
+  const auto kernel = [] {
+    if constexpr (kInput == Input::norm)
+      return norm_rows_kernel<T, kColumns, kSide>;
+    else
+      return rows_kernel<T, kColumns, kSide, kInput>;
+  }();
+  constexpr unsigned kShared = WarpWeights<T, kSide>::kSharedBytes;
+  if constexpr (kShared > 0)
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared)),
+        "linear");
   const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
-         {.grid = dim3(static_cast<unsigned>(across * cluster), static_cast<unsigned>(groups)),
+         {.grid = dim3(static_cast<unsigned>(across * grid.cluster), static_cast<unsigned>(grid.groups)),
           .block = dim3(kThreads),
-          .cluster = static_cast<unsigned>(cluster),
-          .dependent = true},
-         rows_kernel<T, kColumns, kSide, kInput>, a);
+          .cluster = static_cast<unsigned>(grid.cluster),
+          .dependent = true,
+          .shared = kShared},
+         kernel, a);
 }
 
-// One panel a block where all panels find a place at once, otherwise two.
+// Bytes of shared memory that a block with three panels may take.
+constexpr int kThreePanels = 112 * 1024;
+
+// Beyond 8 rows: as few panels a block as leave the next kernel's blocks half of every multiprocessor, where
+// its weights arrive while this one works. Rows beyond 32 need all of it.
+template <typename T, Input kInput>
+void run_sides(const Context& ctx, const RowsCall& a, RowsGrid grid) {
+  const int places = grid.places(grid.groups <= 2 ? 1 : 2);
+  if (a.panels <= places) return launch_rows<T, 2, 1, kInput>(ctx, a, grid, places);
+  if (a.panels <= places * 2 || shared_memory_limit() < kThreePanels)
+    return launch_rows<T, 2, 2, kInput>(ctx, a, grid, places);
+  launch_rows<T, 2, 3, kInput>(ctx, a, grid, places);
+}
+
 template <typename T, int kColumns, Input kInput>
 void run(const Context& ctx, const RowsCall& a) {
-  const int cluster = has_clusters() ? std::min(a.slices, kMostCluster) : 1;
-  const int groups = (a.rows + kGroup - 1) / kGroup;
-  const int places = std::max(multiprocessors() * kResident<kColumns, kInput> / cluster / groups, 1);
-  if constexpr (sizeof(T) == 2 && kColumns == 2)
-    if (a.panels > places) return launch_rows<T, kColumns, 2, kInput>(ctx, a, cluster, groups, places);
-  launch_rows<T, kColumns, 1, kInput>(ctx, a, cluster, groups, places);
+  const RowsGrid grid{.cluster = has_clusters() ? std::min(a.slices, kMostCluster) : 1,
+                      .groups = (a.rows + kGroup - 1) / kGroup};
+  if constexpr (sizeof(T) == 2 && kColumns == 2 && kInput != Input::elements)
+    run_sides<T, kInput>(ctx, a, grid);
+  else
+    launch_rows<T, kColumns, 1, kInput>(ctx, a, grid, grid.places(kResident<kColumns, kInput>));
 }
 
 template <typename T, Input kInput>

@@ -25,7 +25,8 @@ class CudaLinear : public testing::Test {
 };
 using CudaLinearRows = CudaLinear;
 
-// One slice of inputs, several, and more than a cluster has blocks; outputs that end inside a panel.
+// One slice of inputs, several, and more than a cluster has blocks; outputs that end inside a panel, and more
+// than blocks take at once.
 TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
   using rows_layer::Form;
   struct Sizes {
@@ -39,7 +40,9 @@ TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
                              {768, 768, Form::add},
                              {2304, 768, Form::norm},
                              {40, 200, Form::norm},
-                             {40, 1600, Form::norm}})
+                             {40, 1600, Form::norm},
+                             {5300, 200, Form::norm},
+                             {3000, 1700, Form::add}})
     for (DType dtype : kTypes)
       rows_layer::expect_rows_alone(ctx_, dtype, sizes.out, sizes.in,
                                     sizes.form == Form::plain ? DType::f32 : dtype, sizes.form);

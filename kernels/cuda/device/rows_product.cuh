@@ -11,9 +11,7 @@ inline constexpr int kWarps = 8, kThreads = kWarps * 32;
 inline constexpr int kWarpTiles = 3;  // tiles of a slice that one warp has: all of them are in flight at once
 inline constexpr int kSliceTiles = kWarps * kWarpTiles;
 inline constexpr int kMostCluster = 8;
-inline constexpr int kGroup = 16;  // rows of x that a block has at most
-inline constexpr int kNormVectors =
-    kSliceTiles * kTileColumns / 8;       // of 16 bytes: a norm's gain, or its bias
+inline constexpr int kGroup = 16;         // rows of x that a block has at most
 inline constexpr int kPanel = kTileRows;  // outputs of a panel
 inline constexpr int kTile = kTileRows * kTileColumns;
 inline constexpr int kPitch = kPanel + 4;  // floats between the sums of two rows of x: no bank conflicts
@@ -68,33 +66,6 @@ __device__ __forceinline__ uint4 load_weights(const void* p) {
   return v;
 }
 
-// What a norm puts moments together with: 1 / this warp's inputs, and the inputs of the two warps whose
-// moments this lane reads. Computed ahead of waiting.
-struct NormShares {
-  static constexpr int kApart = kWarps / 2;
-  float own, low, high;
-  __device__ void compute(const RowsCall& a, int warp, int lane) {
-    own = __fdividef(1.0f, static_cast<float>(max(a.columns_of(warp), 1)));
-    low = static_cast<float>(a.columns_of(lane % 4));
-    high = static_cast<float>(a.columns_of(lane % 4 + kApart));
-    asm volatile("" : "+f"(own), "+f"(low), "+f"(high));  // here, and not where they are used
-  }
-};
-
-// Sum over the four lanes that share a row of x.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-template <typename T>
-__device__ __forceinline__ void fetch_norm(const RowsCall& a, uint4 (*norm)[kNormVectors]) {
-  const int which = threadIdx.x / kNormVectors, i = threadIdx.x % kNormVectors;
-  const auto* from = static_cast<const T*>(which == 0 ? a.gain : a.shift);
-  if (which < 2 && from && i * 8 < a.in) copy_16(&norm[which][i], from + i * 8, true);
-  commit_copies();
-}
-
 template <typename T>
 __device__ __forceinline__ void matrix_multiply_add(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>)
@@ -142,88 +113,126 @@ __device__ __forceinline__ uint4 load_inputs(const RowsCall& a, int n, int colum
   return v.vector;
 }
 
+// As load_weights, to shared memory in the background; zeros unless `inside`.
+__device__ __forceinline__ void copy_weights(uint4* to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
+               "l"(from), "r"(inside ? 16 : 0), "l"(read_once())
+               : "memory");
+}
+
+// A warp's weights of a slice of kPanels panels: a lane holds, of a tile, two vectors of 8. Those of several
+// panels stand in shared memory, where a lane reads what it has copied itself, so that registers are left to
+// the next kernel. Tiles beyond the slice are zeros.
+template <typename T, int kPanels>
+struct WarpWeights {
+  static constexpr bool kShared = kPanels > 1;
+  static constexpr int kVectors = kShared ? kPanels * kWarpTiles * 2 * 32 : 0;  // of a warp
+  static constexpr unsigned kSharedBytes = kWarps * kVectors * sizeof(uint4);   // of a block
+
+  __device__ __forceinline__ explicit WarpWeights(uint4* shared)
+      : shared_(shared + threadIdx.x / 32 * kVectors + threadIdx.x % 32) {}
+  __device__ __forceinline__ void fetch(const RowsCall& a, int panel, Slice s, int warp, int lane) {
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) {
+      const int64_t first = static_cast<int64_t>(min(panel + p, a.panels - 1)) * a.tiles + s.first + warp;
+      const T* from = static_cast<const T*>(a.weights) + first * kTile + lane * 8;
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool inside = s.first + warp + i * kWarps < s.last;
+          const T* at = from + i * kWarps * kTile + half * (kTile / 2);
+          if constexpr (kShared)
+            copy_weights(shared_ + place(p, i, half), at, inside);
+          else
+            held_[p][i][half] = inside ? load_weights(at) : make_uint4(0, 0, 0, 0);
+        }
+    }
+    if constexpr (kShared) commit_copies();
+  }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kShared) wait_copies<0>();
+  }
+  __device__ __forceinline__ uint4 at(int panel, int tile, int half) const {
+    if constexpr (kShared)
+      return shared_[place(panel, tile, half)];
+    else
+      return held_[panel][tile][half];
+  }
+
+ private:
+  static __device__ __forceinline__ constexpr int place(int panel, int tile, int half) {
+    return ((panel * kWarpTiles + tile) * 2 + half) * 32;
+  }
+  uint4* shared_;
+  uint4 held_[kShared ? 1 : kPanels][kWarpTiles][2];
+};
+
+// An address in global memory is computed here, and not where it is used.
+template <typename T>
+__device__ __forceinline__ void keep_global(T*& p) {
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+}
+
+// A lane's way to its part of x: from which element on, of each mma column's row, and how many of a warp's
+// tiles it has inputs of. Columns beyond the rows of x read its last row: nobody reads their sums.
+template <typename T, int kColumns>
+struct WayToX {
+  const T* row[kColumns];
+  int tiles;
+  __device__ __forceinline__ WayToX(const RowsCall& a, Slice s, int warp, int lane) {
+    const int tile = s.first + warp, column = tile * static_cast<int>(kTileColumns) + lane % 4 * 8;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      row[c] = static_cast<const T*>(a.x) + min(first_row() + c * 8 + lane / 4, a.rows - 1) * a.x_stride +
+               min(column, a.in - 1);
+    tiles = 0;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+      tiles += tile + i * kWarps < s.last && column + i * kWarps * static_cast<int>(kTileColumns) < a.in;
+  }
+  // Computed here, and not behind a wait that follows: the assembler, too, moves what nothing needs.
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      keep_global(row[c]);
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(row[c]));
+    }
+    asm volatile("" : "+r"(tiles));
+  }
+};
+
 // One warp's share of a slice of kPanels panels on the matrix units; kColumns mma columns of 8 rows of x. A
 // lane holds, of a tile, two registers' worth of 8 weights: rows lane / 4 and lane / 4 + 8, inputs 8 (lane %
 // 4) + 0..7; and of x the same inputs of row lane / 4.
 template <typename T, int kColumns, int kPanels, bool kVectors>
 struct WarpProduct {
-  uint4 weights[kPanels][kWarpTiles][2], x[kWarpTiles][kColumns];
+  using Way = WayToX<T, kColumns>;
+  WarpWeights<T, kPanels> weights;
+  uint4 x[kWarpTiles][kColumns];
   float sum[kPanels][kColumns][4];
 
+  __device__ __forceinline__ explicit WarpProduct(uint4* shared) : weights(shared) {}
   __device__ __forceinline__ void fetch(const RowsCall& a, int panel, Slice s, int warp, int lane) {
-    const auto* tiles = static_cast<const T*>(a.weights) + static_cast<int64_t>(panel) * a.tiles * kTile;
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p)
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i) {
-        const int tile = s.first + warp + i * kWarps;
-        if (tile >= s.last || panel + p >= a.panels) continue;
-        const T* at = tiles + (static_cast<int64_t>(p) * a.tiles + tile) * kTile + lane * 8;
-        weights[p][i][0] = load_weights(at);
-        weights[p][i][1] = load_weights(at + kTile / 2);
-      }
+    weights.fetch(a, panel, s, warp, lane);
   }
-  __device__ __forceinline__ void load_x(const RowsCall& a, Slice s, int warp, int lane) {
+  __device__ __forceinline__ void load_x(const RowsCall& a, const Way& way, Slice s, int warp, int lane) {
 #pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) {
-      const int tile = s.first + warp + i * kWarps;
-      if (tile >= s.last) continue;
+    for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
-        x[i][c] =
-            load_inputs<T, kVectors>(a, first_row() + c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
-    }
-  }
-  // x becomes its norm. Of every row a warp gives the mean of its inputs and the squares around it; they are
-  // put together in an order that depends on the number of inputs alone.
-  __device__ __forceinline__ void normalise(const RowsCall& a, const NormShares& n, int warp, int lane,
-                                            float2 (*moments)[kColumns * 8],
-                                            const uint4 (*norm)[kNormVectors]) {
-    const auto column = [&](int i) {
-      return (warp + i * kWarps) * static_cast<int>(kTileColumns) + lane % 4 * 8;
-    };
-    const auto sum_of = [&](int c, auto term) {
-      float all = 0;
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i)
-        if (column(i) < a.in)
-#pragma unroll
-          for (int j = 0; j < 8; ++j) all = term(all, to_float(reinterpret_cast<const T*>(&x[i][c])[j]));
-      return quad_sum(all);
-    };
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      float mean = 0;
-      if (a.layer) mean = __fmul_rn(sum_of(c, [](float s, float v) { return s + v; }), n.own);
-      const float squares = sum_of(c, [&](float s, float v) { return fmaf(v - mean, v - mean, s); });
-      if (lane % 4 == 0) moments[warp][c * 8 + lane / 4] = {mean, squares};
-    }
-    wait_copies<0>();
-    __syncthreads();
-    float mean[kColumns], r[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const float2 m0 = moments[lane % 4][c * 8 + lane / 4],
-                   m1 = moments[lane % 4 + n.kApart][c * 8 + lane / 4];
-      mean[c] = __fmul_rn(quad_sum(fmaf(n.high, m1.x, __fmul_rn(n.low, m0.x))), a.share);
-      const float d0 = m0.x - mean[c], d1 = m1.x - mean[c];
-      const float squares = fmaf(__fmul_rn(n.low, d0), d0, m0.y) + fmaf(__fmul_rn(n.high, d1), d1, m1.y);
-      r[c] = rsqrtf(fmaf(quad_sum(squares), a.share, a.eps));
-    }
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) {
-      if (column(i) >= a.in) continue;
-      const uint4 gain = norm[0][column(i) / 8], shift = a.shift ? norm[1][column(i) / 8] : uint4{};
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          T& at = reinterpret_cast<T*>(&x[i][c])[j];
-          const float scaled = __fmul_rn(to_float(at) - mean[c], r[c]);
-          at = from_float<T>(fmaf(scaled, to_float(reinterpret_cast<const T*>(&gain)[j]),
-                                  to_float(reinterpret_cast<const T*>(&shift)[j])));
+        if constexpr (kVectors) {
+          x[i][c] = make_uint4(0, 0, 0, 0);
+          if (i < way.tiles)
+            x[i][c] = *reinterpret_cast<const uint4*>(way.row[c] + i * kWarps * kTileColumns);
+        } else {
+          const int tile = s.first + warp + i * kWarps;
+          x[i][c] = make_uint4(0, 0, 0, 0);
+          if (tile < s.last)
+            x[i][c] =
+                load_inputs<T, false>(a, first_row() + c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
         }
-    }
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -231,18 +240,19 @@ struct WarpProduct {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) sum[p][c][0] = sum[p][c][1] = sum[p][c][2] = sum[p][c][3] = 0;
   }
-  __device__ __forceinline__ void multiply(const RowsCall& a, Slice s, int warp) {
+  __device__ __forceinline__ void multiply(const RowsCall&, Slice, int) {
+    weights.wait();
 #pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) {
-      if (s.first + warp + i * kWarps >= s.last) continue;
+    for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
-      for (int p = 0; p < kPanels; ++p)
+      for (int p = 0; p < kPanels; ++p) {
+        const uint4 low = weights.at(p, i, 0), high = weights.at(p, i, 1);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          matrix_multiply_add<T>(sum[p][c], weights[p][i][0], x[i][c].x, x[i][c].y);
-          matrix_multiply_add<T>(sum[p][c], weights[p][i][1], x[i][c].z, x[i][c].w);
+          matrix_multiply_add<T>(sum[p][c], low, x[i][c].x, x[i][c].y);
+          matrix_multiply_add<T>(sum[p][c], high, x[i][c].z, x[i][c].w);
         }
-    }
+      }
   }
   __device__ __forceinline__ void store(int panel, float* partial, int lane) const {
     const int m = lane / 4;
@@ -260,10 +270,15 @@ struct WarpProduct {
 // The same in fp32, by fused multiply-adds: a lane has output lane / 2 and, of each 8 inputs, 4.
 template <int kColumns, bool kVectors>
 struct WarpProduct<float, kColumns, 1, kVectors> {
+  struct Way {
+    __device__ __forceinline__ Way(const RowsCall&, Slice, int, int) {}
+    __device__ __forceinline__ void keep() {}
+  };
   float sum[kColumns * 8];
 
+  __device__ __forceinline__ explicit WarpProduct(uint4*) {}
   __device__ __forceinline__ void fetch(const RowsCall&, int panel, Slice, int, int) { panel_ = panel; }
-  __device__ __forceinline__ void load_x(const RowsCall&, Slice, int, int) {}
+  __device__ __forceinline__ void load_x(const RowsCall&, const Way&, Slice, int, int) {}
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < kColumns * 8; ++n) sum[n] = 0;

@@ -21,13 +21,6 @@ constexpr unsigned stream_shared(int tiles, int columns) {
   return static_cast<unsigned>(tiles * columns * 32 + kWarps * kRingUnits * kUnitVectors) * sizeof(uint4);
 }
 
-// As load_weights, in the background.
-__device__ __forceinline__ void copy_weights(uint4* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "l"(read_once())
-               : "memory");
-}
-
 // The units of a warp's panels in the order in which they are computed.
 template <typename T>
 struct WeightRing {
@@ -49,8 +42,8 @@ struct WeightRing {
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i) {
         if (first + i * kWarps >= tiles.last) continue;
-        copy_weights(to + i * 64, from + i * kWarps * kTile);
-        copy_weights(to + i * 64 + 32, from + i * kWarps * kTile + kTile / 2);
+        copy_weights(to + i * 64, from + i * kWarps * kTile, true);
+        copy_weights(to + i * 64 + 32, from + i * kWarps * kTile + kTile / 2, true);
       }
     }
     // One group a unit, even of nothing: they are waited for by count.

@@ -161,6 +161,12 @@ OpCase vocabulary() {
   return op;
 }
 
+// More panels than a GPU's blocks take at once.
+OpCase rounds(OpCase op) {
+  op.types = {kernels::DType::f16};
+  return op;
+}
+
 // More rows than a GPU's grid has in its second dimension.
 OpCase very_many_rows() {
   OpCase op = linear_case("very_many_rows", {.rows = 65600, .in = 3, .out = 2}, true, Type::compute,
@@ -201,6 +207,8 @@ std::vector<OpCase> linear_cases() {
       rows_norm_case("rows_norm_many", {.rows = 64, .in = 720, .out = 20, .padding = 8}, true, true),
       rows_norm_case("rows_norm_apart", {.rows = 5, .in = 37, .out = 33, .padding = 3}, true, false),
       rows_norm_case("rows_norm_long", {.rows = 33, .in = 1600, .out = 33}, true, false),
+      rounds(rows_norm_case("rows_norm_rounds", {.rows = 20, .in = 72, .out = 3300}, true, false)),
+      rounds(add_case("rows_add_rounds", {.rows = 19, .in = 776, .out = 1700}, true, true)),
       add_case("rows_add_long", {.rows = 19, .in = 1600, .out = 37, .padding = 3}, false, true),
   };
 }

@@ -1,0 +1,223 @@
+#pragma once
+// The norm ahead of a row-invariant product (kernels/cuda/linear_rows.cu), where a block has all inputs.
+//
+// With r = 1 / the norm's deviation, s the power of two next below r, m = s mean rounded to x's type:
+//   y = W ((x - mean) r gain + shift) + bias
+//     = r / s (W ((s x - m) gain) - (s mean - m) W gain) + W shift + bias
+// s x - m and its product with the gain are rounded to x's type, in which two are computed at once; they are
+// as large as the norm itself, so that this costs one rounding more and neither range nor cancellation. W
+// gain and W shift come from the matrix units while x is on its way. So do the moments of x: sums and squares
+// of a warp's inputs, relative to the first one of them, which keeps what cancels below the number of inputs.
+#include "kernels/cuda/device/rows_product.cuh"
+
+namespace kernels::cuda {
+
+// What a norm puts moments together with: 1 / this warp's inputs, and the inputs of the two warps whose
+// moments this lane reads. Computed ahead of waiting.
+struct NormShares {
+  static constexpr int kApart = kWarps / 2;
+  float own, low, high;
+  __device__ void compute(const RowsCall& a, int warp, int lane) {
+    own = __fdividef(1.0f, static_cast<float>(max(a.columns_of(warp), 1)));
+    low = static_cast<float>(a.columns_of(lane % 4));
+    high = static_cast<float>(a.columns_of(lane % 4 + kApart));
+    asm volatile("" : "+f"(own), "+f"(low), "+f"(high));  // here, and not where they are used
+  }
+};
+
+// Sum over the four lanes that share a row of x.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Pairs of 16-bit numbers in a register.
+template <typename T>
+struct Pairs {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  static __device__ __forceinline__ Pair pair(uint32_t x) { return *reinterpret_cast<const Pair*>(&x); }
+  static __device__ __forceinline__ uint32_t bits(Pair x) { return *reinterpret_cast<const uint32_t*>(&x); }
+  static __device__ __forceinline__ uint32_t both(T x) {
+    Pair p;
+    p.x = p.y = x;
+    return bits(p);
+  }
+  static __device__ __forceinline__ uint32_t both(float x) { return both(from_float<T>(x)); }
+  static __device__ __forceinline__ T low(uint32_t x) { return pair(x).x; }
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    return bits(__hfma2(pair(a), pair(b), pair(c)));
+  }
+  static __device__ __forceinline__ uint32_t mul(uint32_t a, uint32_t b) {
+    return bits(__hmul2(pair(a), pair(b)));
+  }
+  static __device__ __forceinline__ uint4 fma(const uint4& a, uint32_t b, uint32_t c) {
+    return {fma(a.x, b, c), fma(a.y, b, c), fma(a.z, b, c), fma(a.w, b, c)};
+  }
+  static __device__ __forceinline__ uint4 mul(const uint4& a, const uint4& b) {
+    return {mul(a.x, b.x), mul(a.y, b.y), mul(a.z, b.z), mul(a.w, b.w)};
+  }
+};
+
+// What warps tell each other of a norm ahead of kPanels panels.
+template <int kColumns, int kPanels>
+struct NormShared {
+  // No bank conflicts.
+  float2 moments[kWarps][kColumns * 8 + 4];  // the mean of a warp's inputs and the squares around it
+  float2 shifts[kWarps][kPanels * kPanel];   // W gain and W shift over a warp's inputs
+  float2 all_shifts[kPanels * kPanel];       // over all of them
+  float2 rows[kColumns * 8];                 // r / s and s mean - m
+  // What the rows' scales and the shifts make of a sum.
+  __device__ __forceinline__ float normed(int row, int output, float sum) const {
+    const float2 of_row = rows[row], shift = all_shifts[output];
+    return fmaf(of_row.x, fmaf(-of_row.y, shift.x, sum), shift.y);
+  }
+};
+
+// One warp's share of it.
+template <typename T, int kColumns, int kPanels>
+class RowsNorm {
+ public:
+  using Shared = NormShared<kColumns, kPanels>;
+  using Product = WarpProduct<T, kColumns, kPanels, true>;
+
+  // Ahead of waiting.
+  __device__ __forceinline__ RowsNorm(const RowsCall& a, int warp, int lane) {
+    shares_.compute(a, warp, lane);
+    const auto* gain = static_cast<const T*>(a.gain);
+    const auto* side = lane < 4 ? gain : lane < 8 ? static_cast<const T*>(a.shift) : nullptr;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      const int column = (warp + i * kWarps) * static_cast<int>(kTileColumns) + lane % 4 * 8;
+      const bool inside = column < a.in;
+      gain_[i] = inside ? load_vector(gain, column) : uint4{};
+      side_[i] = inside && side ? load_vector(side, column) : uint4{};
+    }
+  }
+
+  // This warp's W gain and W shift: two columns of the matrix units, whose row lane / 4 a lane has.
+  __device__ __forceinline__ void share_shifts(const Product& product, int warp, int lane,
+                                               Shared& shared) const {
+    product.weights.wait();
+    float sum[kPanels][4] = {};
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p) {
+        matrix_multiply_add<T>(sum[p], product.weights.at(p, i, 0), side_[i].x, side_[i].y);
+        matrix_multiply_add<T>(sum[p], product.weights.at(p, i, 1), side_[i].z, side_[i].w);
+      }
+    if (lane % 4 != 0) return;
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) {
+      float2* at = &shared.shifts[warp][p * kPanel + lane / 4];
+      at[0] = {sum[p][0], sum[p][1]};
+      at[8] = {sum[p][2], sum[p][3]};
+    }
+  }
+
+  // Behind a barrier: over all warps.
+  static __device__ __forceinline__ void add_shifts(Shared& shared) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= kPanels * kPanel * 2) return;
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) all += reinterpret_cast<const float*>(shared.shifts[w])[i];
+    reinterpret_cast<float*>(shared.all_shifts)[i] = all;
+  }
+
+  // x becomes (s x - m) gain. One barrier.
+  __device__ __forceinline__ void operator()(const RowsCall& a, Product& product, int tiles, int warp,
+                                             int lane, Shared& shared) const {
+    share_moments(a, product, tiles, warp, lane, shared);
+    __syncthreads();
+    float2 moments[kColumns][2], rows[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        moments[c][i] = shared.moments[lane % 4 + i * NormShares::kApart][c * 8 + lane / 4];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float2 m0 = moments[c][0], m1 = moments[c][1];
+      const float mean = __fmul_rn(quad_sum(fmaf(shares_.high, m1.x, __fmul_rn(shares_.low, m0.x))), a.share);
+      const float d0 = m0.x - mean, d1 = m1.x - mean;
+      const float squares =
+          fmaf(__fmul_rn(shares_.low, d0), d0, m0.y) + fmaf(__fmul_rn(shares_.high, d1), d1, m1.y);
+      const float r = rsqrtf(fmaf(quad_sum(squares), a.share, a.eps));
+      const uint32_t s = scale(r, mean);
+      const float scaled = __fmul_rn(mean, __uint_as_float(s));
+      const T m = from_float<T>(scaled);
+      const float inverse = __uint_as_float((254u << 23) - s);  // 1 / s
+      rows[c] = {__fmul_rn(r, inverse), scaled - to_float(m)};
+      const uint32_t times = P::both(__uint_as_float(s)), minus = P::both(-to_float(m));
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i)
+        product.x[i][c] = P::mul(P::fma(product.x[i][c], times, minus), gain_[i]);
+    }
+    if (warp == 0 && lane % 4 == 0)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) shared.rows[c * 8 + lane / 4] = rows[c];
+  }
+
+ private:
+  using P = Pairs<T>;
+
+  static __device__ __forceinline__ uint4 load_vector(const T* p, int column) {
+    return *reinterpret_cast<const uint4*>(p + column);
+  }
+  // The power of two next below r, as far as fp16 has it and the mean does not leave fp16 with it.
+  static __device__ __forceinline__ uint32_t scale(float r, float mean) {
+    constexpr uint32_t kOne = 127u << 23, kMost = 14u << 23;
+    const auto power = [](float x) { return __float_as_uint(x) & (255u << 23); };
+    const uint32_t most = min(kOne + kMost, 2 * kOne + kMost - power(mean));
+    return max(min(power(r), most), kOne - kMost);
+  }
+
+  __device__ __forceinline__ void share_moments(const RowsCall& a, const Product& product, int tiles,
+                                                int warp, int lane, Shared& shared) const {
+    // Halves of x - pivot: whatever x is, they are numbers.
+    const uint32_t half = P::both(0.5f), ones = P::both(1.0f);
+    float pivot[kColumns];
+    uint32_t minus[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const uint32_t first = __shfl_sync(0xffffffffu, product.x[0][c].x, lane & ~3);
+      pivot[c] = a.layer ? -0.5f * to_float(P::low(first)) : 0.0f;
+      minus[c] = P::both(pivot[c]);
+    }
+    // Of a tile's first 16 inputs and of the others: two chains of products instead of a long one.
+    float sums[2][4] = {}, squares[kColumns][2][4] = {};
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      uint4 d[2] = {};
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) d[c] = P::fma(product.x[i][c], half, i < tiles ? minus[c] : 0);
+      const uint4 low{d[0].x, d[1].x, d[0].y, d[1].y}, high{d[0].z, d[1].z, d[0].w, d[1].w};
+      matrix_multiply_add<T>(sums[0], low, ones, ones);
+      matrix_multiply_add<T>(sums[1], high, ones, ones);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        matrix_multiply_add<T>(squares[c][0], low, d[c].x, d[c].y);
+        matrix_multiply_add<T>(squares[c][1], high, d[c].z, d[c].w);
+      }
+    }
+    // Of the squares the lane that has the diagonal's of its rows.
+    const int row = lane / 4;
+    if (lane % 4 != row / 2) return;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float sum = sums[0][c * 2] + sums[1][c * 2];
+      const float even = squares[c][0][c * 2] + squares[c][1][c * 2];
+      const float odd = squares[c][0][c * 2 + 1] + squares[c][1][c * 2 + 1];
+      const float all = row % 2 == 0 ? even : odd, mean = __fmul_rn(sum, shares_.own);
+      shared.moments[warp][c * 8 + row] =
+          a.layer ? float2{2 * (mean - pivot[c]), 4 * fmaxf(fmaf(-sum, mean, all), 0.0f)}
+                  : float2{0, 4 * all};
+    }
+  }
+
+  NormShares shares_;
+  uint4 gain_[kWarpTiles], side_[kWarpTiles];
+};
+
+}  // namespace kernels::cuda
