@@ -19,7 +19,7 @@
 //
 // Kernels of a decoding step follow one another closely and start early. So that the weights of the next one
 // arrive while this one works, both must find room: beyond 8 rows a kernel has one block for a multiprocessor
-// and takes half of its registers and shared memory.
+// and takes half of its registers and about half of its shared memory.
 #include <algorithm>
 
 #include "kernels/cuda/device/cluster.cuh"
@@ -246,14 +246,16 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   End end(partial, from_blocks);
   typename Norm::Product::Way way(a, all, warp, lane);
   way.keep();
+  norm.share_shifts(product, warp, lane, shared);
   wait_for_previous();
   product.load_x(a, way, all, warp, lane);
   for (int round = 0;; ++round) {
-    norm.share_shifts(product, warp, lane, shared);
-    if (round == 0)
+    if (round == 0) {
       norm(a, product, way.tiles, warp, lane, shared);
-    else
+    } else {
+      norm.share_shifts(product, warp, lane, shared);
       __syncthreads();
+    }
     norm.add_shifts(shared);
     product.clear();
     product.multiply(a, all, warp);
@@ -299,6 +301,18 @@ struct RowsGrid {
   int places(int resident) const { return std::max(multiprocessors() * resident / cluster / groups, 1); }
 };
 
+// Dynamic shared memory with which a block is the only one of its kernel on a multiprocessor, and takes
+// little more than half of it. Blocks that start early would otherwise stand two by two where the kernel
+// ahead has none, and take longest there; and one of every other kernel of a step still finds room.
+template <typename... Parameters>
+unsigned alone_shared(void (*kernel)(Parameters...)) {
+  constexpr int kReserved = 1024, kGrain = 128;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "linear");
+  const int more_than_half = (shared_memory_limit() - kReserved) / 2 + kGrain;
+  return static_cast<unsigned>(std::max(more_than_half - static_cast<int>(attributes.sharedSizeBytes), 0));
+}
+
 template <typename T, int kColumns, int kSide, Input kInput>
 void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int places) {
   const auto kernel = [] {
@@ -307,18 +321,19 @@ void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int place
     else
       return rows_kernel<T, kColumns, kSide, kInput>;
   }();
-  constexpr unsigned kShared = WarpWeights<T, kSide>::kSharedBytes;
-  if constexpr (kShared > 0)
-    check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared)),
-        "linear");
+  unsigned shared = WarpWeights<T, kSide>::kSharedBytes;
+  if constexpr (kSide > 1) {
+    if (kInput == Input::norm && grid.groups <= 2) shared = std::max(shared, alone_shared(kernel));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "linear");
+  }
   const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
          {.grid = dim3(static_cast<unsigned>(across * grid.cluster), static_cast<unsigned>(grid.groups)),
           .block = dim3(kThreads),
           .cluster = static_cast<unsigned>(grid.cluster),
           .dependent = true,
-          .shared = kShared},
+          .shared = shared},
          kernel, a);
 }
 

@@ -5,8 +5,8 @@
 //   y = W ((x - mean) r gain + shift) + bias
 //     = r / s (W ((s x - m) gain) - (s mean - m) W gain) + W shift + bias
 // s x - m and its product with the gain are rounded to x's type, in which two are computed at once; they are
-// as large as the norm itself, so that this costs one rounding more and neither range nor cancellation. W
-// gain and W shift come from the matrix units while x is on its way. So do the moments of x: sums and squares
+// as large as the norm itself, so that this costs one rounding more and neither range nor cancellation. The
+// matrix units give W gain and W shift, ahead of waiting for x, and then the moments of x: sums and squares
 // of a warp's inputs, relative to the first one of them, which keeps what cancels below the number of inputs.
 #include "kernels/cuda/device/rows_product.cuh"
 
