@@ -26,11 +26,14 @@ bool has_clusters();
 template <typename... Parameters, typename... Arguments>
 void launch(const Context& ctx, const char* operation, const LaunchShape& shape,
             void (*kernel)(Parameters...), Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[3];
+  cudaLaunchAttribute attributes[4];
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count++].val.clusterDim = {shape.cluster, 1, 1};
+    // Blocks of a cluster work on the same at the same time: two on one multiprocessor would be the last.
+    attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    attributes[count++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
   }
   if (shape.dependent && has_clusters()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;

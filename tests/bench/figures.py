@@ -185,16 +185,17 @@ def gpu_decoding():
 
 def gpu_proofs():
     table = []
+    older = lambda result: f" ({result['older']})" if "older" in result else ""  # what ran before the latest changes
     parity, sanitized = read("gpu_parity.json"), read("gpu_sanitize.json")
     if parity:
         gpus = f"{parity['gpus']} GPU{'s' * (parity['gpus'] > 1)}"
-        passed = f"{parity['passed']} passed, {parity['skipped']} skipped, {len(parity['failed'])} failed"
+        passed = f"{parity['passed']} passed, {parity['skipped']} skipped, {len(parity['failed'])} failed{older(parity)}"
         table.append((f"tests that need a GPU, on {gpus}", passed, "", "", "none fails"))
     if sanitized:
         tools = sanitized["tools"]
         found = ", ".join(f"{n} {t['errors'] + t['of_the_host']} in {t['tests']} tests" for n, t in tools.items())
         cut = sum("summary" in problem for problem in sanitized["problems"])
-        found += f"; {cut} parts ran out of time" * (cut > 0)
+        found += f"; {cut} parts ran out of time" * (cut > 0) + older(sanitized)
         theirs = ", ".join(name for name, tool in tools.items() if tool["in_libraries"])
         cell = f"inside the libraries' own kernels: {theirs}" if theirs else ""
         table.append(("errors of our kernels under compute-sanitizer", found, cell, "", "0"))
