@@ -47,7 +47,7 @@ struct StepRehearsal {
   std::vector<comm::GradientRange> gradients;
 };
 StepRehearsal rehearse_step(const Model& model, const kernels::Context& ctx, const data::LoaderParams& params,
-                        int ranks);
+                            int ranks);
 
 class Stepper {
  public:
