@@ -114,35 +114,27 @@ LayerInput Block::add_attention(const Context& ctx, const Tensor& x, const Saved
 }
 
 void Block::backward_attention(const Context& ctx, const RowPlan& plan, const Saved& saved, const Tensor& d,
-                               Tensor dqkv, Tensor dattention_in) const {
+                               Tensor dattention_in) const {
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor dout = ctx.scratch->allocate("dattention", d.dtype, saved.attention_out.shape);
+  const Tensor dqkv = ctx.scratch->allocate("dqkv", d.dtype, saved.qkv.shape);
   output_.backward_weight(ctx, d, saved.attention_out);
   output_.backward_input(ctx, d, dout);
   const AttentionInput in = split(saved.qkv, plan), din = split(dqkv, plan);
   attention_->backward(ctx, in, dout, saved.attention, din.q, din.k, din.v);
   rotate(ctx, dqkv, plan, -1);
+  qkv_.backward_weight(ctx, dqkv, saved.attention_in);
   qkv_.backward_input(ctx, dqkv, dattention_in);
 }
 
-Block::Pending Block::allocate_pending(kernels::Arena& arena, const Saved& saved) const {
-  return {arena.allocate("dqkv", saved.qkv.dtype, saved.qkv.shape),
-          arena.allocate("mlp dexpanded", saved.mlp.expanded.dtype, saved.mlp.expanded.shape)};
-}
-
 void Block::backward(const Context& ctx, const Tensor& x, const RowPlan& plan, const Saved& saved, Tensor d,
-                     const Pending& pending) const {
+                     Tensor dexpanded) const {
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor dbranch = ctx.scratch->allocate("dbranch", d.dtype, d.shape);
-  mlp_.backward(ctx, d, saved.mlp, pending.dexpanded, dbranch);
+  mlp_.backward(ctx, d, saved.mlp, dexpanded, dbranch);
   mlp_norm_.backward(ctx, dbranch, saved.middle, saved.mlp_statistics, d, true);
-  backward_attention(ctx, plan, saved, d, pending.dqkv, dbranch);
+  backward_attention(ctx, plan, saved, d, dbranch);
   attention_norm_.backward(ctx, dbranch, x, saved.attention_statistics, d, true);
-}
-
-void Block::backward_weights(const Context& ctx, const Saved& saved, const Pending& pending) const {
-  mlp_.backward_weight(ctx, pending.dexpanded, saved.mlp_in);
-  qkv_.backward_weight(ctx, pending.dqkv, saved.attention_in);
 }
 
 std::unique_ptr<AttentionState> Block::make_state(const Context& ctx, int64_t batch, int64_t capacity) const {

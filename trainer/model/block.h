@@ -42,21 +42,19 @@ class Block {
   // `state` only when decoding.
   void forward(const Context& ctx, const Tensor& x, const RowPlan& plan, AttentionState* state, Tensor y,
                Saved& saved, kernels::Arena& arena) const;
-  // What the gradients that backward leaves to backward_weights are computed from.
-  struct Pending {
-    Tensor dqkv, dexpanded;  // shapes of saved.qkv and saved.mlp.expanded
-  };
-  Pending allocate_pending(kernels::Arena& arena, const Saved& saved) const;
-  // d holds dy and then dx. x is the forward's. All gradients but those of the matrices that read a norm
-  // (W_qkv and the MLP's first): they keep nobody waiting, so that the caller may have something else first.
+  // d holds dy and then dx. x is the forward's. Writes dexpanded (shape of saved.mlp.expanded), of which
+  // backward_expansion makes the gradients that are left, those of the MLP's first matrix: nothing waits for
+  // them, so that the caller may have something else first.
   void backward(const Context& ctx, const Tensor& x, const RowPlan& plan, const Saved& saved, Tensor d,
-                const Pending& pending) const;
-  void backward_weights(const Context& ctx, const Saved& saved, const Pending& pending) const;
+                Tensor dexpanded) const;
+  void backward_expansion(const Context& ctx, const Saved& saved, const Tensor& dexpanded) const {
+    mlp_.backward_weight(ctx, dexpanded, saved.mlp_in);
+  }
 
   std::unique_ptr<AttentionState> make_state(const Context& ctx, int64_t batch, int64_t capacity) const;
   void pack(const Context& ctx, kernels::Arena& panels);
   int64_t first_parameter() const { return attention_norm_.first_parameter(); }
-  // From this one on, gradients are final before backward_weights.
+  // From this one on, gradients are final before backward_expansion.
   int last_matrix() const { return mlp_.last_matrix(); }
   int64_t weight_bytes() const { return qkv_.bytes() + output_.bytes() + mlp_.weight_bytes(); }
 
@@ -68,7 +66,7 @@ class Block {
   // The attention's output projection and what follows up to the MLP, whose input it returns.
   LayerInput add_attention(const Context& ctx, const Tensor& x, const Saved& saved, bool alone) const;
   void backward_attention(const Context& ctx, const RowPlan& plan, const Saved& saved, const Tensor& d,
-                          Tensor dqkv, Tensor dattention_in) const;
+                          Tensor dattention_in) const;
 
   int64_t heads_, kv_heads_, head_size_;
   bool rotary_;

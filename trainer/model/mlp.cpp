@@ -40,7 +40,6 @@ void Mlp::forward(const Context& ctx, const LayerInput& x, const Tensor& residua
 void Mlp::backward(const Context& ctx, const Tensor& dy, const Saved& saved, Tensor dexpanded,
                    Tensor dx) const {
   const kernels::ArenaScope scope(*ctx.scratch);
-  down_.backward_weight(ctx, dy, saved.activated);
   if (gated_) {
     const Tensor dactivated = ctx.scratch->allocate("mlp dactivated", dy.dtype, saved.activated.shape);
     down_.backward_input(ctx, dy, dactivated);
@@ -48,6 +47,9 @@ void Mlp::backward(const Context& ctx, const Tensor& dy, const Saved& saved, Ten
   } else {
     down_.backward_input_gelu(ctx, dy, saved.expanded, dexpanded);
   }
+  // Behind the product with many tiles: gradients of the layer above may be on their way, and a product that
+  // takes every multiprocessor once takes twice as long where an exchange has some of them.
+  down_.backward_weight(ctx, dy, saved.activated);
   expand_.backward_input(ctx, dexpanded, dx);
 }
 

@@ -14,6 +14,10 @@ class Mlp {
   struct Saved {
     Tensor expanded;   // (N, 2F) gate and up, or (N, F)
     Tensor activated;  // (N, F)
+    // Memory of the shape and type of `expanded`.
+    Tensor like_expanded(kernels::Arena& arena) const {
+      return arena.allocate("mlp dexpanded", expanded.dtype, expanded.shape);
+    }
   };
 
   // `deviation` is that of the output projection's initial values.
@@ -23,7 +27,7 @@ class Mlp {
   void forward(const Context& ctx, const LayerInput& x, const Tensor& residual, Tensor y, Saved& saved,
                bool rows_alone) const;
   // Writes dexpanded (shape of saved.expanded) and dx; backward_weight adds the rest of the gradients, those
-  // of the matrices that read x.
+  // of the matrix that reads x.
   void backward(const Context& ctx, const Tensor& dy, const Saved& saved, Tensor dexpanded, Tensor dx) const;
   void backward_weight(const Context& ctx, const Tensor& dexpanded, const Tensor& x) const {
     expand_.backward_weight(ctx, dexpanded, x);

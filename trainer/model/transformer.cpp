@@ -79,20 +79,20 @@ void Transformer::backward(const Context& ctx, const Tensor& tokens, const RowPl
   const kernels::ArenaScope scope(*ctx.scratch);
   const Tensor d = ctx.scratch->allocate("dx", dhidden.dtype, dhidden.shape);
   const Block& first = blocks_.front();
-  const Block::Pending pending = first.allocate_pending(*ctx.scratch, saved.blocks.front());
+  const Tensor dexpanded = saved.blocks.front().mlp.like_expanded(*ctx.scratch);
   final_norm_.backward(ctx, dhidden, saved.x.back(), saved.statistics, d, false);
   final.from(begin(final_norm_.first_parameter()));
   for (size_t i = blocks_.size(); --i > 0;) {
-    blocks_[i].backward(ctx, saved.x[i], plan, saved.blocks[i], d, pending);
-    blocks_[i].backward_weights(ctx, saved.blocks[i], pending);
+    blocks_[i].backward(ctx, saved.x[i], plan, saved.blocks[i], d, dexpanded);
+    blocks_[i].backward_expansion(ctx, saved.blocks[i], dexpanded);
     final.from(begin(blocks_[i].first_parameter()));
   }
-  first.backward(ctx, saved.x.front(), plan, saved.blocks.front(), d, pending);
+  first.backward(ctx, saved.x.front(), plan, saved.blocks.front(), d, dexpanded);
   final.from(begin(first.last_matrix()));
   const Tensor dembedded = embedded_gradient(ctx, saved, d);
   kernels::embedding_backward(ctx, dembedded, tokens, store_.gradient(embedding_), {}, {});
   final.part(0, begin(embedding_ + 1));
-  first.backward_weights(ctx, saved.blocks.front(), pending);
+  first.backward_expansion(ctx, saved.blocks.front(), dexpanded);
   if (positions_ >= 0)
     kernels::embedding_backward(ctx, dembedded, plan.positions, store_.gradient(positions_), {}, {});
   final.part(begin(embedding_ + 1), begin(first.last_matrix()));

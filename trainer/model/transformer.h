@@ -27,7 +27,7 @@ class Transformer {
   // decoding.
   void forward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, States* states, Tensor hidden,
                Saved* saved, kernels::Arena& arena) const;
-  // The embedding, which is exchanged for longest, is final ahead of matrices of the first block.
+  // The embedding, which is exchanged for longest, is final ahead of a matrix of the first block.
   void backward(const Context& ctx, const Tensor& tokens, const RowPlan& plan, const Saved& saved,
                 const Tensor& dhidden, FinalGradients& final) const;
 

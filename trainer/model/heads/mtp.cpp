@@ -59,9 +59,9 @@ void Mtp::backward(const Context& ctx, const HeadInput& in, const HeadSaved& bas
   final_norm_.backward(ctx, d, saved.block_out, saved.final_statistics, dblock, false);
   {
     const kernels::ArenaScope in_block(*ctx.scratch);
-    const Block::Pending pending = block_.allocate_pending(*ctx.scratch, saved.block);
-    block_.backward(ctx, saved.block_in, in.plan, saved.block, dblock, pending);
-    block_.backward_weights(ctx, saved.block, pending);
+    const Tensor dexpanded = saved.block.mlp.like_expanded(*ctx.scratch);
+    block_.backward(ctx, saved.block_in, in.plan, saved.block, dblock, dexpanded);
+    block_.backward_expansion(ctx, saved.block, dexpanded);
   }
   const Tensor djoined = ctx.scratch->allocate("mtp djoined", d.dtype, saved.joined.shape);
   projection_.backward_weight(ctx, dblock, saved.joined);
