@@ -1,4 +1,5 @@
 // Softmax attention on a GPU beyond the table of operation cases: which code runs, graphs, and decoding.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "kernels/core/stream.h"
@@ -119,24 +120,33 @@ Decoder decoder(Sizes s, DType dtype, size_t sequences) {
   return Decoder(Kind::softmax, s, dtype, sequences, kCuda);
 }
 
+// A test of its own for each: under compute-sanitizer a step takes a tenth of a second.
+class CudaSoftmaxDecodeSizes : public CudaSoftmax, public testing::WithParamInterface<Sizes> {};
+
 // The tensor cores' head sizes and others, groups smaller and larger than a tile of queries.
-const Sizes kSizes[] = {{4, 2, 64}, {3, 1, 32}, {2, 2, 128}, {20, 1, 64}, {4, 2, 16}, {2, 1, 21}};
+INSTANTIATE_TEST_SUITE_P(Of, CudaSoftmaxDecodeSizes,
+                         testing::Values(Sizes{4, 2, 64}, Sizes{3, 1, 32}, Sizes{2, 2, 128}, Sizes{20, 1, 64},
+                                         Sizes{4, 2, 16}, Sizes{2, 1, 21}),
+                         [](const auto& info) {
+                           const Sizes& s = info.param;
+                           return fmt::format("{}_heads_{}_shared_width_{}", s.heads, s.key_heads, s.width);
+                         });
 
 // Probabilities are rounded before they meet the values; fp32 sums over the rows and the width.
-TEST_F(CudaSoftmaxDecode, PlainDecodingIsTheDefinition) {
+TEST_P(CudaSoftmaxDecodeSizes, PlainDecodingIsTheDefinition) {
   const int count = 150;
-  for (const Sizes& s : kSizes)
-    for (DType dtype : {DType::f32, DType::f16, DType::bf16})
-      expect_definition(decoder, s, dtype, count,
-                        {.sums = static_cast<double>(4 * (count + s.width)), .factors = 1});
+  const Sizes s = GetParam();
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16})
+    expect_definition(decoder, s, dtype, count,
+                      {.sums = static_cast<double>(4 * (count + s.width)), .factors = 1});
 }
 
-TEST_F(CudaSoftmaxDecode, PrefillInChainsEqualsOneByOneBitForBit) {
-  for (const Sizes& s : kSizes) expect_chains_equal_plain(decoder, s, DType::f16, 200, 2);
+TEST_P(CudaSoftmaxDecodeSizes, PrefillInChainsEqualsOneByOneBitForBit) {
+  expect_chains_equal_plain(decoder, GetParam(), DType::f16, 200, 2);
 }
 
-TEST_F(CudaSoftmaxDecode, TreeNodesEqualPlainDecodingBitForBit) {
-  for (const Sizes& s : kSizes) expect_trees_equal_plain(decoder, s, DType::bf16, {0, 47, 64, 127}, 5, 10);
+TEST_P(CudaSoftmaxDecodeSizes, TreeNodesEqualPlainDecodingBitForBit) {
+  expect_trees_equal_plain(decoder, GetParam(), DType::bf16, {0, 47, 64, 127}, 5, 10);
 }
 
 // More chunks than there are classes of them; and so many tiles that a block takes several classes, one after
