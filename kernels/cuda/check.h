@@ -19,5 +19,7 @@ int device_attribute(cudaDeviceAttr which);
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 // Bytes of shared memory that a block can ask for there.
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+// And what each block takes of a multiprocessor's besides, which is as much larger.
+inline constexpr int kReservedShared = 1024;
 
 }  // namespace kernels::cuda

@@ -322,8 +322,7 @@ void share_tiles(Grid& g, int chunks, int width, int rows, int64_t all_tiles) {
     return layout_of(width, g.stages, kQueries >> shift, rows, chunks > g.stages << shift);
   };
   const auto resident = [&](int shift) {
-    constexpr int kReserved = 1024;  // of a block, besides what it asks for
-    const bool two = 2 * (lay_out(shift).bytes + kReserved) <= shared_memory_limit() + kReserved;
+    const bool two = 2 * (lay_out(shift).bytes + kReservedShared) <= shared_memory_limit() + kReservedShared;
     return all_tiles << shift <= (two ? 2 : 1) * multiprocessors();
   };
   g.shift = 0;

@@ -306,10 +306,10 @@ struct RowsGrid {
 // ahead has none, and take longest there; and one of every other kernel of a step still finds room.
 template <typename... Parameters>
 unsigned alone_shared(void (*kernel)(Parameters...)) {
-  constexpr int kReserved = 1024, kGrain = 128;
+  constexpr int kGrain = 128;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "linear");
-  const int more_than_half = (shared_memory_limit() - kReserved) / 2 + kGrain;
+  const int more_than_half = (shared_memory_limit() - kReservedShared) / 2 + kGrain;
   return static_cast<unsigned>(std::max(more_than_half - static_cast<int>(attributes.sharedSizeBytes), 0));
 }
 
