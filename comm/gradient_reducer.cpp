@@ -13,11 +13,12 @@ namespace {
 void check_parts(std::vector<GradientRange> parts, int64_t elements) {
   std::sort(parts.begin(), parts.end());
   int64_t covered = 0;
+  bool once = true;
   for (const auto& [begin, end] : parts) {
-    if (begin != covered || end < begin) break;
+    once &= begin == covered && end >= begin;
     covered = end;
   }
-  if (covered != elements)
+  if (!once || covered != elements)
     throw kernels::ShapeError(
         fmt::format("gradient reducer: the parts do not cover {} elements once each", elements));
 }

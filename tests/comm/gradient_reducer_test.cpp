@@ -161,8 +161,9 @@ TEST_F(GradientReducer, WhatIsSentDoesNotDependOnWhenItIsAnnounced) {
 }
 
 TEST_F(GradientReducer, PartsThatDoNotCoverTheGradientsAreRefused) {
-  for (const Ranges& parts : {Ranges{}, Ranges{{0, 999}}, Ranges{{500, 1000}, {0, 499}},
-                              Ranges{{400, 1000}, {0, 500}}, Ranges{{500, 1001}, {0, 500}}})
+  for (const Ranges& parts :
+       {Ranges{}, Ranges{{0, 999}}, Ranges{{500, 1000}, {0, 499}}, Ranges{{400, 1000}, {0, 500}},
+        Ranges{{500, 1001}, {0, 500}}, Ranges{{500, 1000}, {0, 1000}}, Ranges{{0, 1000}, {0, 1000}}})
     EXPECT_THROW(reducer(parts, {.bytes = 4}), kernels::ShapeError);
 }
 

@@ -113,7 +113,7 @@ class Stepper {
   comm::Communicator& ranks_;
   kernels::Context ctx_;
   StepRehearsal rehearsal_;
-  kernels::Tensor batch_, block_, seeds_, validation_;  // in memory_.step; block_ holds numbers_
+  kernels::Tensor batch_, block_, seeds_, validation_;  // in rehearsal_.step; block_ holds numbers_
   StepNumbers numbers_;
   std::unique_ptr<Uploads> uploads_;
   std::unique_ptr<comm::GradientReducer> reducer_;
