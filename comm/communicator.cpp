@@ -51,14 +51,11 @@ void check_root(const char* operation, int root, int size) {
     throw ShapeError(fmt::format("{}: root {} is not one of {} ranks", operation, root, size));
 }
 
-void check_gather(const Tensor& mine, const Tensor& all, int size) {
-  check_dense("all_gather", mine);
-  check_dense("all_gather", all);
-  check_dtype("all_gather", "all", all, mine.dtype);
-  if (mine.device != all.device) throw ShapeError("all_gather: its tensors are on different devices");
-  if (all.numel() != size * mine.numel())
-    throw ShapeError(fmt::format("all_gather: all is {}, expected {} times the elements of {}",
-                                 to_string(all), size, to_string(mine)));
+void check_stripes(const char* operation, const Tensor& t, int size) {
+  check_dense(operation, t);
+  if (t.shape.rank() != 3 || t.dim(1) != size)
+    throw ShapeError(
+        fmt::format("{}: {} is not cut into stripes of {} parts", operation, to_string(t), size));
 }
 
 std::unique_ptr<Communicator> make_gpu_communicator(Communicator& world, kernels::Device device,

@@ -40,6 +40,13 @@ class Request {
   virtual void wait() = 0;
 };
 
+// Of a call that has done everything when it returns.
+class DoneRequest final : public Request {
+ public:
+  bool test() override { return true; }
+  void wait() override {}
+};
+
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -50,13 +57,14 @@ class Communicator {
   // bits, and so does every repetition with the same number of ranks. A maximum over a NaN is NaN.
   virtual void all_reduce(Tensor t, Reduce op) = 0;
   virtual std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) = 0;
-  // The same for one rank: only `root` gets the result, the others' tensors stay as they are.
-  virtual std::unique_ptr<Request> reduce_async(Tensor t, Reduce op, int root) = 0;
+  // t (stripes, size, n), in place: of every stripe, rank r gets the sums of part r. What the other parts
+  // hold afterwards is undefined.
+  virtual std::unique_ptr<Request> reduce_scatter_async(Tensor t, Reduce op) = 0;
   virtual void broadcast(Tensor t, int root) = 0;
   // t of rank `to` becomes that of rank `from`; the others' stay as they are, and need only say how large.
   virtual void transfer(Tensor t, int from, int to) = 0;
-  // (size * n) <- (n) of each rank, in rank order. `mine` may be this rank's part of `all`.
-  virtual void all_gather(const Tensor& mine, Tensor all) = 0;
+  // t (stripes, size, n) of any type, in place: of every stripe, part r becomes that of rank r.
+  virtual std::unique_ptr<Request> all_gather_async(Tensor t) = 0;
   virtual void barrier() = 0;
 
   // For GPU work, of which the host knows nothing. watch(): what the compute stream holds now, a launched

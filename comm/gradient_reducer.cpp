@@ -10,7 +10,7 @@ namespace comm {
 
 namespace {
 
-void check_parts(std::vector<GradientRange> parts, int64_t elements) {
+void check_parts(std::vector<GradientRange> parts, int64_t elements, int64_t stripe) {
   std::sort(parts.begin(), parts.end());
   int64_t covered = 0;
   bool once = true;
@@ -18,52 +18,65 @@ void check_parts(std::vector<GradientRange> parts, int64_t elements) {
     once &= begin == covered && end >= begin;
     covered = end;
   }
-  if (!once || covered != elements)
+  const int64_t padding = elements - covered;
+  if (!once || padding < 0 || (padding > 0 && padding >= stripe))
     throw kernels::ShapeError(
         fmt::format("gradient reducer: the parts do not cover {} elements once each", elements));
+}
+
+// What each part, being the last of a stripe's to become final, makes whole.
+std::vector<GradientRange> whole_stripes(const std::vector<GradientRange>& parts, int64_t elements,
+                                         int64_t stripe) {
+  std::vector<size_t> last(static_cast<size_t>(elements / stripe), 0);
+  std::vector<GradientRange> whole(parts.size(), {0, 0});
+  for (size_t i = 0; i < parts.size(); ++i)
+    for (int64_t s = parts[i].first / stripe; s * stripe < parts[i].second; ++s)
+      last[static_cast<size_t>(s)] = i;
+  for (size_t s = 0; s < last.size(); ++s) {
+    auto& [begin, end] = whole[last[s]];
+    if (begin == end) begin = static_cast<int64_t>(s) * stripe;
+    end = static_cast<int64_t>(s + 1) * stripe;
+  }
+  return whole;
 }
 
 }  // namespace
 
 GradientReducer::GradientReducer(Communicator& communicator, Tensor gradients,
                                  const std::vector<GradientRange>& parts, const Buckets& buckets)
-    : communicator_(communicator), gradients_(gradients), shard_(buckets.shard), parts_(parts) {
+    : communicator_(communicator), gradients_(gradients), stripe_(buckets.stripe), parts_(parts) {
   check_reducible("gradient reducer", gradients);
-  check_parts(parts, gradients.numel());
-  if (shard_ < 0 || (shard_ > 0 && shard_ * communicator.size() < gradients.numel()))
-    throw kernels::ShapeError(fmt::format("gradient reducer: {} shards of {} elements do not hold {}",
-                                          communicator.size(), shard_, to_string(gradients)));
+  check_parts(parts, gradients.numel(), stripe_);
+  if (stripe_ < 0 ||
+      (stripe_ > 0 && (stripe_ % communicator.size() != 0 || gradients.numel() % stripe_ != 0)))
+    throw kernels::ShapeError(fmt::format("gradient reducer: {} is not cut into stripes of {} for {} ranks",
+                                          to_string(gradients), stripe_, communicator.size()));
   cut(buckets);
   in_flight_.reserve(buckets_.size());
 }
 
 void GradientReducer::cut(const Buckets& buckets) {
   const auto element = static_cast<int64_t>(kernels::size_of(gradients_.dtype));
-  const int64_t enough = std::max<int64_t>(1, (static_cast<int64_t>(buckets.bytes) + element - 1) / element);
+  const int64_t grain = std::max<int64_t>(1, stripe_);
+  const auto grains = (static_cast<int64_t>(buckets.bytes) + element * grain - 1) / (element * grain);
+  const int64_t enough = std::max<int64_t>(1, grains) * grain;
+  const auto ranges = stripe_ > 0 ? whole_stripes(parts_, gradients_.numel(), stripe_) : parts_;
   GradientRange run{0, 0};  // parts, each below the one ahead of it, that no bucket holds yet
-  for (size_t i = 0; i < parts_.size(); ++i) {
-    const auto [begin, end] = parts_[i];
+  const auto add = [&](int64_t begin, size_t part) {
+    if (run.second > begin) buckets_.push_back({{begin, run.second}, part});
+    run.second = begin;
+  };
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const auto [begin, end] = ranges[i];
+    if (begin == end) continue;
     if (end != run.first) {
-      add(run, i - 1);
+      add(run.first, i - 1);
       run.second = end;
     }
     run.first = begin;
-    while (run.second - run.first >= enough) {
-      const int64_t bottom = buckets.joined ? run.first : run.second - enough;
-      add({bottom, run.second}, i);
-      run.second = bottom;
-    }
+    while (run.second - run.first >= enough) add(buckets.joined ? run.first : run.second - enough, i);
   }
-  add(run, parts_.size() - 1);
-}
-
-void GradientReducer::add(GradientRange range, size_t part) {
-  while (range.second > range.first) {
-    const int64_t shard = shard_ > 0 ? (range.second - 1) / shard_ * shard_ : 0;
-    const int64_t bottom = std::max(range.first, shard);
-    buckets_.push_back({{bottom, range.second}, part});
-    range.second = bottom;
-  }
+  add(run.first, ranges.size() - 1);
 }
 
 std::vector<GradientRange> GradientReducer::buckets() const {
@@ -85,9 +98,12 @@ void GradientReducer::send_whole() {
     if (communicator_.size() == 1) continue;
     const auto [begin, end] = buckets_[next_].range;
     const Tensor bucket = gradients_.slice(begin, end - begin);
-    in_flight_.push_back(
-        shard_ > 0 ? communicator_.reduce_async(bucket, Reduce::sum, static_cast<int>(begin / shard_))
-                   : communicator_.all_reduce_async(bucket, Reduce::sum));
+    if (stripe_ == 0) {
+      in_flight_.push_back(communicator_.all_reduce_async(bucket, Reduce::sum));
+      continue;
+    }
+    const kernels::Shape cut{(end - begin) / stripe_, communicator_.size(), stripe_ / communicator_.size()};
+    in_flight_.push_back(communicator_.reduce_scatter_async(bucket.view(cut), Reduce::sum));
   }
 }
 

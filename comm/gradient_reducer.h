@@ -9,8 +9,8 @@
 // even where one of them had nothing to compute. A part that does not end where the one ahead of it begins
 // starts a new bucket: what the backward leaves for its end keeps nothing else waiting.
 //
-// Sharded, the buffer is cut into equal shards, one for each rank in order, and only a shard's owner gets its
-// sums: the reduce-scatter of ZeRO.
+// Sharded, the buffer is cut into stripes, a stripe into a part for each rank, and only its owner gets the
+// sums of a part: the reduce-scatter of ZeRO. A stripe is sent when all of it is final.
 #include <memory>
 #include <utility>
 #include <vector>
@@ -24,14 +24,15 @@ using GradientRange = std::pair<int64_t, int64_t>;
 
 struct Buckets {
   size_t bytes;         // enough to be sent
-  int64_t shard = 0;    // elements of a shard, where buckets end too; 0: not sharded
+  int64_t stripe = 0;   // elements of a stripe; 0: not sharded
   bool joined = false;  // what has become whole goes as one however large, as suits a GPU
 };
 
 class GradientReducer {
  public:
   // gradients: dense (P) fp32 or fp64, the same length on every rank. `parts` in the order in which they
-  // become final: every element is in one of them.
+  // become final: every element is in one of them. Sharded, P is a whole number of stripes, and the end of
+  // the last one may be padding, in no part.
   GradientReducer(Communicator& communicator, Tensor gradients, const std::vector<GradientRange>& parts,
                   const Buckets& buckets);
   // The next part, which has to be `part`, is final.
@@ -47,12 +48,11 @@ class GradientReducer {
     size_t part;  // the last of its parts
   };
   void cut(const Buckets& buckets);
-  void add(GradientRange range, size_t part);
   void send_whole();
 
   Communicator& communicator_;
   Tensor gradients_;
-  int64_t shard_;
+  int64_t stripe_;
   std::vector<GradientRange> parts_;
   std::vector<Bucket> buckets_;
   std::vector<std::unique_ptr<Request>> in_flight_;

@@ -32,7 +32,7 @@ using kernels::CommError;
 struct Call {
   const char* name;
   Tensor tensor;
-  int detail = 0;  // the reduction or the root
+  int detail = 0;  // the reduction, the root, the cut
   int64_t sequence = 0;
   int hash = 0;
 
@@ -63,6 +63,36 @@ struct Transfers {
   }
 };
 
+// The elements of a tensor that one rank owns: `count` times `length` of them, `stride` apart, from `first`
+// on.
+struct Share {
+  int64_t first = 0, length = 0, stride = 0, count = 1;
+  int64_t numel() const { return count * length; }
+};
+// Part `rank` of every stripe of t (stripes, size, n).
+Share part_of_stripes(const Tensor& t, int rank) {
+  return {rank * t.dim(2), t.dim(2), t.dim(1) * t.dim(2), t.dim(0)};
+}
+
+// A share of a tensor as MPI sends and receives it.
+class ShareType {
+ public:
+  ShareType(const Share& share, int64_t element_size) {
+    const auto bytes = [&](int64_t n) { return static_cast<int>(n * element_size); };
+    check(MPI_Type_vector(static_cast<int>(share.count), bytes(share.length), bytes(share.stride), MPI_BYTE,
+                          &type_),
+          "MPI_Type_vector");
+    check(MPI_Type_commit(&type_), "MPI_Type_commit");
+  }
+  ~ShareType() { MPI_Type_free(&type_); }
+  ShareType(const ShareType&) = delete;
+  ShareType& operator=(const ShareType&) = delete;
+  MPI_Datatype get() const { return type_; }
+
+ private:
+  MPI_Datatype type_ = MPI_DATATYPE_NULL;
+};
+
 class Reduction;
 
 class World final : public MpiGroup {
@@ -74,14 +104,17 @@ class World final : public MpiGroup {
   int size() const override { return size_; }
   void all_reduce(Tensor t, Reduce op) override;
   std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) override;
-  std::unique_ptr<Request> reduce_async(Tensor t, Reduce op, int root) override;
+  std::unique_ptr<Request> reduce_scatter_async(Tensor t, Reduce op) override;
   void broadcast(Tensor t, int root) override;
   void transfer(Tensor t, int from, int to) override;
-  void all_gather(const Tensor& mine, Tensor all) override;
+  std::unique_ptr<Request> all_gather_async(Tensor t) override;
   void barrier() override;
 
   void send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank);
   void receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank);
+  // A share of call.tensor. MPI keeps what it needs of the type.
+  void send(Transfers& to, const Call& call, int phase, const Share& share, int rank);
+  void receive(Transfers& to, const Call& call, int phase, const Share& share, int rank);
   bool complete(Transfers& transfers);
   // Returns when done() is true; meanwhile every reduction in flight moves on, so that peers that wait for
   // one of those are served.
@@ -106,12 +139,13 @@ class World final : public MpiGroup {
   Health health_ = Health::good;
 };
 
-// Rank r owns slice r: phase 0 brings every rank's slice r to rank r, which sums in rank order; phase 1
-// brings the sums to everybody. Small tensors skip phase 1: every rank owns everything. With a root, that
-// rank alone owns everything.
+// Phase 0 brings every rank's values of share r to rank r, which sums in rank order; phase 1 brings the sums
+// to everybody. Small tensors skip phase 1: every rank owns everything. So do stripes: each rank keeps what
+// it owns.
 class Reduction final : public Request {
  public:
-  Reduction(World& world, const Call& call, Tensor t, Reduce op, int root);
+  // t: of any shape, or striped: (stripes, size, n).
+  Reduction(World& world, const Call& call, Reduce op, bool striped);
   ~Reduction() override;
   bool test() override;
   void wait() override;
@@ -119,10 +153,8 @@ class Reduction final : public Request {
 
  private:
   static constexpr size_t kSmall = 4096;
-  bool rooted() const { return root_ >= 0; }
-  bool direct() const { return !rooted() && t_.bytes() <= kSmall; }
-  bool sends_to(int rank) const { return rank != world_.rank() && (!rooted() || rank == root_); }
-  std::pair<int64_t, int64_t> slice(int rank) const;
+  bool direct() const { return !striped_ && t_.bytes() <= kSmall; }
+  Share share(int rank) const;
   char* at(int64_t element) const { return static_cast<char*>(t_.data) + element * element_size_; }
   void exchange();
   void sum();
@@ -132,7 +164,7 @@ class Reduction final : public Request {
   Call call_;
   Tensor t_;
   Reduce op_;
-  int root_;  // -1: none
+  bool striped_;
   int64_t element_size_;
   int phase_ = 0;  // 2: done
   Transfers transfers_;
@@ -190,6 +222,31 @@ void World::receive(Transfers& to, const Call& call, int phase, void* data, size
   to.peers.push_back(rank);
   to.receives.push_back(true);
   checked(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
+                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
+          "MPI_Irecv");
+}
+
+void World::send(Transfers& to, const Call& call, int phase, const Share& share, int rank) {
+  const auto element = static_cast<int64_t>(kernels::size_of(call.tensor.dtype));
+  const char* data = static_cast<const char*>(call.tensor.data) + share.first * element;
+  if (share.count == 1) return send(to, call, phase, data, static_cast<size_t>(share.length * element), rank);
+  const ShareType type(share, element);
+  to.peers.push_back(rank);
+  to.receives.push_back(false);
+  checked(MPI_Isend(data, 1, type.get(), rank, call.tag(phase), comm_,
+                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
+          "MPI_Isend");
+}
+
+void World::receive(Transfers& to, const Call& call, int phase, const Share& share, int rank) {
+  const auto element = static_cast<int64_t>(kernels::size_of(call.tensor.dtype));
+  char* data = static_cast<char*>(call.tensor.data) + share.first * element;
+  if (share.count == 1)
+    return receive(to, call, phase, data, static_cast<size_t>(share.length * element), rank);
+  const ShareType type(share, element);
+  to.peers.push_back(rank);
+  to.receives.push_back(true);
+  checked(MPI_Irecv(data, 1, type.get(), rank, call.tag(phase), comm_,
                     &to.requests.emplace_back(MPI_REQUEST_NULL)),
           "MPI_Irecv");
 }
@@ -261,13 +318,13 @@ void World::time_out(const Call& call, Transfers& transfers) {
                    rank_, call.describe(), static_cast<double>(deadline_.count()) / 1000.0, who));
 }
 
-Reduction::Reduction(World& world, const Call& call, Tensor t, Reduce op, int root)
+Reduction::Reduction(World& world, const Call& call, Reduce op, bool striped)
     : world_(world),
       call_(call),
-      t_(t),
+      t_(call.tensor),
       op_(op),
-      root_(root),
-      element_size_(static_cast<int64_t>(kernels::size_of(t.dtype))) {
+      striped_(striped),
+      element_size_(static_cast<int64_t>(kernels::size_of(t_.dtype))) {
   exchange();
   world_.active.push_back(this);
 }
@@ -281,10 +338,11 @@ Reduction::~Reduction() {
   world_.spare_staging.push_back(std::move(staging_));
 }
 
-std::pair<int64_t, int64_t> Reduction::slice(int rank) const {
-  if (direct() || rank == root_) return {0, t_.numel()};
-  if (rooted()) return {0, 0};
-  return {t_.numel() * rank / world_.size(), t_.numel() * (rank + 1) / world_.size()};
+Share Reduction::share(int rank) const {
+  if (striped_) return part_of_stripes(t_, rank);
+  if (direct()) return {.length = t_.numel()};
+  const int64_t first = t_.numel() * rank / world_.size();
+  return {.first = first, .length = t_.numel() * (rank + 1) / world_.size() - first};
 }
 
 void Reduction::exchange() {
@@ -292,46 +350,42 @@ void Reduction::exchange() {
     staging_ = std::move(world_.spare_staging.back());
     world_.spare_staging.pop_back();
   }
-  const auto [begin, end] = slice(world_.rank());
-  const size_t mine = static_cast<size_t>((end - begin) * element_size_);
+  const size_t mine = static_cast<size_t>(share(world_.rank()).numel() * element_size_);
   const size_t needed = mine * static_cast<size_t>(world_.size());
   if (staging_.size() < needed) staging_.resize(needed);
   for (int r = 0; r < world_.size(); ++r)
-    if (r != world_.rank() && (!rooted() || world_.rank() == root_))
+    if (r != world_.rank())
       world_.receive(transfers_, call_, 0, staging_.data() + mine * static_cast<size_t>(r), mine, r);
-  for (int r = 0; r < world_.size(); ++r) {
-    const auto [first, last] = slice(r);
-    if (sends_to(r))
-      world_.send(transfers_, call_, 0, at(first), static_cast<size_t>((last - first) * element_size_), r);
-  }
+  for (int r = 0; r < world_.size(); ++r)
+    if (r != world_.rank()) world_.send(transfers_, call_, 0, share(r), r);
 }
 
 void Reduction::sum() {
-  const auto [begin, end] = slice(world_.rank());
-  const size_t mine = static_cast<size_t>((end - begin) * element_size_);
-  std::vector<const void*> parts;
-  for (int r = 0; r < world_.size(); ++r)
-    parts.push_back(r == world_.rank()
-                        ? at(begin)
-                        : static_cast<const void*>(staging_.data() + mine * static_cast<size_t>(r)));
-  ordered_reduce(t_.dtype, op_, parts, at(begin), end - begin);
+  const Share own = share(world_.rank());
+  for (int64_t i = 0; i < own.count; ++i) {
+    char* sums = at(own.first + i * own.stride);
+    std::vector<const void*> parts;
+    for (int r = 0; r < world_.size(); ++r) {
+      const std::byte* received = staging_.data() + (r * own.numel() + i * own.length) * element_size_;
+      parts.push_back(r == world_.rank() ? static_cast<const void*>(sums) : received);
+    }
+    ordered_reduce(t_.dtype, op_, parts, sums, own.length);
+  }
 }
 
 void Reduction::spread() {
-  const auto [begin, end] = slice(world_.rank());
   for (int r = 0; r < world_.size(); ++r) {
     if (r == world_.rank()) continue;
-    const auto [first, last] = slice(r);
-    world_.receive(transfers_, call_, 1, at(first), static_cast<size_t>((last - first) * element_size_), r);
-    world_.send(transfers_, call_, 1, at(begin), static_cast<size_t>((end - begin) * element_size_), r);
+    world_.receive(transfers_, call_, 1, share(r), r);
+    world_.send(transfers_, call_, 1, share(world_.rank()), r);
   }
 }
 
 void Reduction::step() {
   if (phase_ == 2 || !world_.complete(transfers_)) return;
   transfers_.clear();
-  if (phase_ == 0 && (!rooted() || world_.rank() == root_)) sum();
-  if (phase_ == 0 && !direct() && !rooted()) {
+  if (phase_ == 0) sum();
+  if (phase_ == 0 && !direct() && !striped_) {
     phase_ = 1;
     spread();
   } else {
@@ -358,20 +412,22 @@ void check_amount(const char* operation, const Tensor& t) {
 
 std::unique_ptr<Request> World::all_reduce_async(Tensor t, Reduce op) {
   check_amount("all_reduce", t);
-  return std::make_unique<Reduction>(*this, begin("all_reduce", t, static_cast<int>(op)), t, op, -1);
+  return std::make_unique<Reduction>(*this, begin("all_reduce", t, static_cast<int>(op)), op, false);
 }
 
-std::unique_ptr<Request> World::reduce_async(Tensor t, Reduce op, int root) {
-  check_amount("reduce", t);
-  check_root("reduce", root, size_);
-  const int detail = 2 * root + static_cast<int>(op);
-  return std::make_unique<Reduction>(*this, begin("reduce", t, detail), t, op, root);
+std::unique_ptr<Request> World::reduce_scatter_async(Tensor t, Reduce op) {
+  check_stripes("reduce_scatter", t, size_);
+  check_amount("reduce_scatter", t);
+  const int detail = 2 * static_cast<int>(t.dim(0)) + static_cast<int>(op);
+  return std::make_unique<Reduction>(*this, begin("reduce_scatter", t, detail), op, true);
 }
 
-// Calls fn(piece) for consecutive byte ranges of a dense tensor: staging stays small, and counts fit an int.
+// What is moved at once: staging stays small, and counts fit an int.
+constexpr int64_t kPieceBytes = int64_t{32} << 20;
+
+// Calls fn(piece) for consecutive ranges of a dense tensor.
 template <typename Fn>
 void for_pieces(const Tensor& t, Fn fn) {
-  constexpr int64_t kPieceBytes = int64_t{32} << 20;
   const auto element = static_cast<int64_t>(kernels::size_of(t.dtype));
   const int64_t step = kPieceBytes / element;
   for (int64_t i = 0; i < t.numel(); i += step)
@@ -417,23 +473,24 @@ void World::transfer(Tensor t, int from, int to) {
   });
 }
 
-void World::all_gather(const Tensor& mine, Tensor all) {
-  check_host_dense("all_gather", mine);
-  check_gather(mine, all, size_);
-  char* target = static_cast<char*>(all.data);
-  const auto part = [&](int r) { return target + mine.bytes() * static_cast<size_t>(r); };
-  if (mine.bytes() > 0) std::memmove(part(rank_), mine.data, mine.bytes());
-  for_pieces(Tensor(part(rank_), mine.dtype, {mine.numel()}), [&](const Tensor& piece) {
-    const Call call = begin("all_gather", piece, 0);
-    const auto offset = static_cast<char*>(piece.data) - part(rank_);
+// Done when it returns.
+std::unique_ptr<Request> World::all_gather_async(Tensor t) {
+  check_host_dense("all_gather", t);
+  check_stripes("all_gather", t, size_);
+  const auto stripe = static_cast<int64_t>(static_cast<size_t>(t.cols()) * kernels::size_of(t.dtype));
+  const int64_t step = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(stripe, 1));
+  for (int64_t s = 0; s < t.dim(0); s += step) {
+    const Tensor stripes = t.slice(s, std::min(step, t.dim(0) - s));
+    const Call call = begin("all_gather", stripes, static_cast<int>(stripes.dim(0)));
     Transfers transfers;
     for (int r = 0; r < size_; ++r) {
       if (r == rank_) continue;
-      receive(transfers, call, 0, part(r) + offset, piece.bytes(), r);
-      send(transfers, call, 0, piece.data, piece.bytes(), r);
+      receive(transfers, call, 0, part_of_stripes(stripes, r), r);
+      send(transfers, call, 0, part_of_stripes(stripes, rank_), r);
     }
     wait(call, transfers);
-  });
+  }
+  return std::make_unique<DoneRequest>();
 }
 
 void World::barrier() {

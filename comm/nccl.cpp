@@ -41,10 +41,10 @@ class NcclGroup final : public Communicator {
   int size() const override { return world_.size(); }
   void all_reduce(Tensor t, Reduce op) override;
   std::unique_ptr<Request> all_reduce_async(Tensor t, Reduce op) override;
-  std::unique_ptr<Request> reduce_async(Tensor t, Reduce op, int root) override;
+  std::unique_ptr<Request> reduce_scatter_async(Tensor t, Reduce op) override;
   void broadcast(Tensor t, int root) override;
   void transfer(Tensor t, int from, int to) override;
-  void all_gather(const Tensor& mine, Tensor all) override;
+  std::unique_ptr<Request> all_gather_async(Tensor t) override;
   void barrier() override {
     watchdog_.check();
     world_.barrier();
@@ -59,6 +59,9 @@ class NcclGroup final : public Communicator {
   // Puts `call` into the communication stream, behind what the compute stream holds. Returns its number.
   template <typename Call>
   int64_t exchange(const char* operation, const Tensor& t, Call&& call);
+  // The same for t (stripes, size, n), with call(stripe, this rank's part of it, n, type), as one exchange.
+  template <typename Call>
+  std::unique_ptr<Request> exchange_stripes(const char* operation, const Tensor& t, Call&& call);
   void check(ncclResult_t status, const char* operation);
 
   Communicator& world_;
@@ -168,13 +171,35 @@ std::unique_ptr<Request> NcclGroup::all_reduce_async(Tensor t, Reduce op) {
   }));
 }
 
-std::unique_ptr<Request> NcclGroup::reduce_async(Tensor t, Reduce op, int root) {
-  if (!t.device.is_cuda()) return world_.reduce_async(t, op, root);
-  check_reduction("reduce", t, op);
-  check_root("reduce", root, size());
-  return std::make_unique<GpuRequest>(*this, exchange("reduce", t, [&](void* data, size_t n, auto type) {
-    return ncclReduce(data, data, n, type, operator_of(op), root, nccl_, handle(stream_.get()));
-  }));
+template <typename Call>
+std::unique_ptr<Request> NcclGroup::exchange_stripes(const char* operation, const Tensor& t, Call&& call) {
+  check_stripes(operation, t, size());
+  const auto n = static_cast<size_t>(t.dim(2)), part = n * kernels::size_of(t.dtype);
+  const auto all = [&](void* data, size_t, ncclDataType_t type) {
+    ncclResult_t status = ncclGroupStart();
+    for (int64_t s = 0; s < t.dim(0) && status == ncclSuccess; ++s) {
+      char* stripe = static_cast<char*>(data) + static_cast<size_t>(s * size()) * part;
+      status = call(stripe, stripe + static_cast<size_t>(rank()) * part, n, type);
+    }
+    const ncclResult_t end = ncclGroupEnd();
+    return status == ncclSuccess ? end : status;
+  };
+  return std::make_unique<GpuRequest>(*this, exchange(operation, t, all));
+}
+
+std::unique_ptr<Request> NcclGroup::reduce_scatter_async(Tensor t, Reduce op) {
+  if (!t.device.is_cuda()) return world_.reduce_scatter_async(t, op);
+  check_reduction("reduce_scatter", t, op);
+  return exchange_stripes("reduce_scatter", t, [&](void* stripe, void* mine, size_t n, ncclDataType_t type) {
+    return ncclReduceScatter(stripe, mine, n, type, operator_of(op), nccl_, handle(stream_.get()));
+  });
+}
+
+std::unique_ptr<Request> NcclGroup::all_gather_async(Tensor t) {
+  if (!t.device.is_cuda()) return world_.all_gather_async(t);
+  return exchange_stripes("all_gather", t, [&](void* stripe, void* mine, size_t n, ncclDataType_t type) {
+    return ncclAllGather(mine, stripe, n, type, nccl_, handle(stream_.get()));
+  });
 }
 
 void NcclGroup::all_reduce(Tensor t, Reduce op) {
@@ -201,15 +226,6 @@ void NcclGroup::transfer(Tensor t, int from, int to) {
   join(exchange("transfer", t, [&](void* data, size_t n, auto type) {
     return rank() == from ? ncclSend(data, n, type, to, nccl_, handle(stream_.get()))
                           : ncclRecv(data, n, type, from, nccl_, handle(stream_.get()));
-  }));
-}
-
-void NcclGroup::all_gather(const Tensor& mine, Tensor all) {
-  watchdog_.check();
-  if (!mine.device.is_cuda()) return world_.all_gather(mine, all);
-  check_gather(mine, all, size());
-  join(exchange("all_gather", mine, [&](const void* data, size_t n, auto type) {
-    return ncclAllGather(data, all.data, n, type, nccl_, handle(stream_.get()));
   }));
 }
 

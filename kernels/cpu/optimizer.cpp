@@ -17,19 +17,22 @@ OptimizerState& state_of(OptimizerBuffers& buffers) {
   return *reinterpret_cast<OptimizerState*>(buffers.state.as<uint8_t>());
 }
 
-// Splits the buffers over threads in pieces and calls fn(piece, segment, begin, end) for the part of each
-// trainable segment that lies in a piece; `piece` counts from the start of the whole flat buffers.
+// Splits own elements [first, last) over threads in pieces and calls fn(piece, segment, begin, end, apart)
+// for the part of each trainable segment that lies in a piece; `piece` counts those of the whole flat
+// buffers, where own element i is element i + apart.
 template <typename Fn>
-void for_pieces(std::span<const Segment> segments, const OptimizerBuffers& buffers, Fn&& fn) {
-  const int64_t count = buffers.gradients.numel();
-  const int64_t size = optimizer_piece(buffers.sums ? buffers.total : count);
-  const int64_t before = buffers.sums ? buffers.begin / size : 0, pieces = (count + size - 1) / size;
-  parallel_for(pieces, count < (int64_t{1} << 15) ? pieces : 1, [&](int64_t first, int64_t last) {
-    for (int64_t piece = first; piece < last; ++piece) {
-      const int64_t low = piece * size, high = low + size;
+void for_pieces(std::span<const Segment> segments, const OptimizerBuffers& buffers, int64_t first,
+                int64_t last, Fn&& fn) {
+  const Shard& shard = buffers.shard;
+  const int64_t size = shard.piece > 0 ? shard.piece : optimizer_piece(buffers.gradients.numel());
+  const int64_t before = first / size, pieces = (last + size - 1) / size - before;
+  parallel_for(pieces, last - first < (int64_t{1} << 15) ? pieces : 1, [&](int64_t from, int64_t to) {
+    for (int64_t piece = before + from; piece < before + to; ++piece) {
+      const int64_t low = piece * size, high = std::min(last, low + size);
       for (const Segment& s : segments) {
         const int64_t begin = std::max(low, s.begin), end = std::min(high, s.begin + s.count);
-        if (s.trainable && begin < end) fn(before + piece, s, begin, end);
+        if (s.trainable && begin < end)
+          fn(piece * shard.ranks + shard.rank, s, begin, end, shard.place(low) - low);
       }
     }
   });
@@ -54,15 +57,15 @@ double sum_of_squares(const M* g, int64_t n) {
 
 // How many elements are not finite, and the first segment that holds one.
 template <typename M>
-void find_nonfinite(std::span<const Segment> segments, const M* g, OptimizerState& state) {
+void find_nonfinite(std::span<const Segment> segments, const Shard& shard, const M* g,
+                    OptimizerState& state) {
   int64_t found = 0;
   for (size_t s = 0; s < segments.size(); ++s) {
     if (!segments[s].trainable) continue;
-    const M* begin = g + segments[s].begin;
-    const int64_t here =
-        std::count_if(begin, begin + segments[s].count, [](M v) { return !std::isfinite(v); });
-    if (here > 0 && found == 0) state.first_nonfinite = static_cast<int32_t>(s);
-    found += here;
+    for (int64_t i = segments[s].begin; i < segments[s].begin + segments[s].count; ++i) {
+      if (std::isfinite(g[shard.place(i)])) continue;
+      if (found++ == 0) state.first_nonfinite = static_cast<int32_t>(s);
+    }
   }
   state.nonfinite = static_cast<int32_t>(std::min<int64_t>(found, std::numeric_limits<int32_t>::max()));
 }
@@ -116,11 +119,12 @@ void gradient_statistics(const Context&, std::span<const Segment> segments, cons
     using M = acc_t<decltype(tag)>;
     const M* g = buffers.gradients.as<M>();
     std::array<double, kOptimizerPieces> sums{};
-    for_pieces(segments, buffers, [&](int64_t piece, const Segment&, int64_t begin, int64_t end) {
-      sums[piece] += sum_of_squares(g + begin, end - begin);
-    });
+    for_pieces(segments, buffers, 0, buffers.gradients.numel() / buffers.shard.ranks,
+               [&](int64_t piece, const Segment&, int64_t begin, int64_t end, int64_t apart) {
+                 sums[static_cast<size_t>(piece)] += sum_of_squares(g + begin + apart, end - begin);
+               });
     if (buffers.sums) std::copy(sums.begin(), sums.end(), buffers.sums.as<double>());
-    if (!set_norm(sums, normaliser, state)) find_nonfinite(segments, g, state);
+    if (!set_norm(sums, normaliser, state)) find_nonfinite(segments, buffers.shard, g, state);
   });
 }
 
@@ -134,20 +138,27 @@ void update_loss_scale(const Context&, const LossScaleRules& rules, OptimizerBuf
 }
 
 void adamw(const Context&, std::span<const Segment> segments, const Tensor& normaliser,
-           const AdamWParams& params, OptimizerBuffers& buffers) {
+           const AdamWParams& params, OptimizerBuffers& buffers, const UpdateParts& parts) {
   OptimizerState& state = state_of(buffers);
   const AdamWFactors f = begin_update(params, *normaliser.as<float>(), state);
-  if (f.skip) return;
+  const int64_t own = buffers.master.numel(), step = parts.elements > 0 ? parts.elements : own;
   visit_dtype(buffers.weights.dtype, [&](auto tag) {
     using W = decltype(tag);
     using M = acc_t<W>;
     M *g = buffers.gradients.as<M>(), *m = buffers.m.as<M>(), *v = buffers.v.as<M>(),
       *master = buffers.master.as<M>();
     W* weights = buffers.weights.as<W>();
-    for_pieces(segments, buffers, [&](int64_t, const Segment& s, int64_t begin, int64_t end) {
-      const M decay = s.decay ? static_cast<M>(params.weight_decay) : M{0};
-      adamw_piece(f, decay, end - begin, g + begin, m + begin, v + begin, master + begin, weights + begin);
-    });
+    for (int64_t first = 0; first < own; first += step) {
+      const int64_t last = std::min(own, first + step);
+      if (!f.skip)
+        for_pieces(segments, buffers, first, last,
+                   [&](int64_t, const Segment& s, int64_t begin, int64_t end, int64_t apart) {
+                     const M decay = s.decay ? static_cast<M>(params.weight_decay) : M{0};
+                     adamw_piece(f, decay, end - begin, g + begin + apart, m + begin, v + begin,
+                                 master + begin, weights + begin + apart);
+                   });
+      if (parts.updated) parts.updated(first, last);
+    }
   });
 }
 

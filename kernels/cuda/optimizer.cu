@@ -85,19 +85,39 @@ struct SegmentWalk {
   }
 };
 
-// Calls each(walk, i, std::integral_constant<int, n>) for the runs of n = N or 1 elements of this thread that
-// lie in a trainable segment.
+// Where own elements stand in the whole: Shard::place, for elements of which 32 are never apart.
+struct Places {
+  static constexpr int64_t kTogether = 32;
+  uint32_t piece = ~0u;  // in units of kTogether
+  int64_t first = 0, apart = 0;
+  Places() = default;
+  explicit Places(const Shard& shard) {
+    if (shard.ranks == 1) return;
+    piece = static_cast<uint32_t>(shard.piece / kTogether);
+    first = shard.rank * shard.piece;
+    apart = shard.stripe() - shard.piece;
+  }
+  __device__ uint32_t piece_of(int64_t own) const { return static_cast<uint32_t>(own / kTogether) / piece; }
+  __device__ int64_t of(int64_t own) const { return own + first + piece_of(own) * apart; }
+  // The end of the piece that has element `own`.
+  __device__ int64_t end(int64_t own) const { return (int64_t{piece_of(own)} + 1) * piece * kTogether; }
+};
+
+// Calls each(walk, i, std::integral_constant<int, n>) for the runs of n = N or 1 elements in [first, last) of
+// this thread that lie in a trainable segment.
 template <int N, typename Fn>
-__device__ __forceinline__ void for_elements(const DeviceSegment* segments, int segment_count, int64_t count,
-                                             Fn&& each) {
+__device__ __forceinline__ void for_elements(const DeviceSegment* segments, int segment_count, int64_t first,
+                                             int64_t last, Fn&& each) {
   SegmentWalk walk(segments, segment_count);
   const int64_t step = int64_t{gridDim.x} * kThreads * N;
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * N; i < count; i += step) {
+  int64_t i = first + (int64_t{blockIdx.x} * kThreads + threadIdx.x) * N;
+  walk.jump(i);
+  for (; i < last; i += step) {
     const bool found = walk.find(i);
-    if (N > 1 && i + N <= count && walk.uniform(i, N)) {
+    if (N > 1 && i + N <= last && walk.uniform(i, N)) {
       if (found) each(walk, i, std::integral_constant<int, N>{});
     } else {
-      for (int64_t e = i; e < min(count, i + N); ++e)
+      for (int64_t e = i; e < min(last, i + N); ++e)
         if (walk.find(e)) each(walk, e, std::integral_constant<int, 1>{});
     }
   }
@@ -173,7 +193,7 @@ struct ChunkPart {
   }
 };
 
-// A chunk of several segments, gaps, or the end.
+// A chunk of several segments, gaps, or the end; g: where element 0 would be.
 template <int N>
 __device__ __forceinline__ void add_mixed(SegmentWalk walk, const float* g, int64_t begin, int64_t end,
                                           Share& share) {
@@ -193,11 +213,11 @@ __device__ __forceinline__ void add_mixed(SegmentWalk walk, const float* g, int6
   }
 }
 
-// A block goes through one piece of the buffer.
+// A block goes through one run of own elements, in chunks that no piece ends within.
 template <int N>
 __global__ void __launch_bounds__(kThreads, 4)
-    statistics_kernel(const DeviceSegment* segments, int segment_count, const float* g, int64_t count,
-                      Share* shares) {
+    statistics_kernel(const DeviceSegment* segments, int segment_count, const float* gradients, int64_t count,
+                      const Places places, Share* shares) {
   __shared__ SharedSums shared;
   Share mine{0, 0, kNone, 0};
   const int64_t chunks = (count + kChunk<N> - 1) / kChunk<N>;
@@ -205,10 +225,12 @@ __global__ void __launch_bounds__(kThreads, 4)
                 end = min(count, chunks * (blockIdx.x + 1) / gridDim.x * kChunk<N>);
   SegmentWalk walk(segments, segment_count);
   walk.jump(begin);
-  for (int64_t i = begin; i < end; i += kChunk<N>) {
+  for (int64_t i = begin, next; i < end; i = next) {
+    next = min(min(end, i + kChunk<N>), places.end(i));
+    const float* g = gradients + (places.of(i) - i);
     const bool found = walk.find(i);
-    if (!walk.uniform(i, kChunk<N>)) {
-      add_mixed<N>(walk, g, i, min(end, i + kChunk<N>), mine);
+    if (next < i + kChunk<N> || !walk.uniform(i, kChunk<N>)) {
+      add_mixed<N>(walk, g, i, next, mine);
     } else if (found) {
       ChunkPart<N> part;
       part.load(g + i);
@@ -272,7 +294,8 @@ struct Update {
   int segment_count;
   const cpu::AdamWFactors* factors;
   float decay;
-  int64_t count;
+  int64_t first = 0, last = 0;
+  Places places;
   const float* gradients;
   float *master, *m, *v;
 };
@@ -283,9 +306,10 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const Update u, W* weig
   if (f.skip) return;
   const float scale = static_cast<float>(f.gradient), unbias1 = static_cast<float>(f.unbias1),
               unbias2 = static_cast<float>(f.unbias2), rest1 = 1 - f.beta1, rest2 = 1 - f.beta2;
-  for_elements<N>(u.segments, u.segment_count, u.count, [&](const SegmentWalk& walk, int64_t i, auto width) {
+  const auto update = [&](const SegmentWalk& walk, int64_t i, auto width) {
     constexpr int n = decltype(width)::value;
-    const auto g = load_vector<float, n>(u.gradients + i);
+    const int64_t place = u.places.of(i);
+    const auto g = load_vector<float, n>(u.gradients + place);
     auto m = load_vector<float, n>(u.m + i), v = load_vector<float, n>(u.v + i),
          master = load_vector<float, n>(u.master + i);
     const float decay = walk.now.decay ? u.decay : 0.0f;
@@ -302,8 +326,9 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const Update u, W* weig
     store_global(u.m + i, m);
     store_global(u.v + i, v);
     store_global(u.master + i, master);
-    store_global(weights + i, w);
-  });
+    store_global(weights + place, w);
+  };
+  for_elements<N>(u.segments, u.segment_count, u.first, u.last, update);
 }
 
 OptimizerState* state_of(const Tensor& state) { return static_cast<OptimizerState*>(state.data); }
@@ -311,6 +336,23 @@ OptimizerState* state_of(const Tensor& state) { return static_cast<OptimizerStat
 int blocks_for(int64_t count, int most, int elements) {
   const int64_t per_block = int64_t{kThreads} * elements;
   return static_cast<int>(std::clamp<int64_t>((count + per_block - 1) / per_block, 1, most));
+}
+
+void update_part(const Context& ctx, const Update& u, const OptimizerBuffers& buffers) {
+  const Tensor* all[] = {&buffers.gradients, &buffers.master, &buffers.m, &buffers.v, &buffers.weights};
+  const bool wide = std::all_of(std::begin(all), std::end(all), [](const Tensor* t) {
+    return reinterpret_cast<uintptr_t>(t->data) % 16 == 0;
+  });
+  visit_device_dtype(buffers.weights.dtype, [&](auto tag) {
+    using W = decltype(tag);
+    auto* weights = static_cast<W*>(buffers.weights.data);
+    const int blocks = blocks_for(u.last - u.first, kUpdateBlocks, wide ? 4 : 1);
+    if (wide)
+      adamw_kernel<W, 4><<<blocks, kThreads, 0, stream_of(ctx)>>>(u, weights);
+    else
+      adamw_kernel<W, 1><<<blocks, kThreads, 0, stream_of(ctx)>>>(u, weights);
+  });
+  check_launch("adamw");
 }
 
 }  // namespace
@@ -333,14 +375,15 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
   const DeviceSegment* device = upload(ctx, segments, memory);
   const auto count = static_cast<int>(segments.size());
   const float* g = buffers.gradients.as<float>();
-  const int64_t elements = buffers.gradients.numel();
+  const int64_t elements = buffers.gradients.numel() / buffers.shard.ranks;
+  const Places places(buffers.shard);
   const bool wide = reinterpret_cast<uintptr_t>(g) % 16 == 0;
   auto* out = static_cast<Share*>(shares.data);
   const int blocks = blocks_for(elements, kSumBlocks, (wide ? 4 : 1) * kChunkVectors);
   if (wide)
-    statistics_kernel<4><<<blocks, kThreads, 0, stream_of(ctx)>>>(device, count, g, elements, out);
+    statistics_kernel<4><<<blocks, kThreads, 0, stream_of(ctx)>>>(device, count, g, elements, places, out);
   else
-    statistics_kernel<1><<<blocks, kThreads, 0, stream_of(ctx)>>>(device, count, g, elements, out);
+    statistics_kernel<1><<<blocks, kThreads, 0, stream_of(ctx)>>>(device, count, g, elements, places, out);
   check_launch(kName);
   double* sums = buffers.sums ? buffers.sums.as<double>() : nullptr;
   finish_statistics_kernel<<<1, kFinishThreads, 0, stream_of(ctx)>>>(out, blocks, normaliser.as<float>(),
@@ -360,38 +403,30 @@ void update_loss_scale(const Context& ctx, const LossScaleRules& rules, Optimize
 }
 
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
-           const AdamWParams& params, OptimizerBuffers& buffers) {
+           const AdamWParams& params, OptimizerBuffers& buffers, const UpdateParts& parts) {
   const ArenaScope scope(*ctx.scratch);
   const Tensor memory = segment_memory(*ctx.scratch, segments.size());
   const Tensor factors =
       ctx.scratch->allocate("adamw factors", DType::u8, {static_cast<int64_t>(sizeof(cpu::AdamWFactors))});
   if (ctx.rehearsal) return;
-  Update u{};
-  u.segments = upload(ctx, segments, memory);
-  u.segment_count = static_cast<int>(segments.size());
-  u.factors = static_cast<const cpu::AdamWFactors*>(factors.data);
-  u.decay = params.weight_decay;
-  u.count = buffers.weights.numel();
-  u.gradients = buffers.gradients.as<float>();
-  u.master = buffers.master.as<float>();
-  u.m = buffers.m.as<float>(), u.v = buffers.v.as<float>();
+  Update u{.segments = upload(ctx, segments, memory),
+           .segment_count = static_cast<int>(segments.size()),
+           .factors = static_cast<const cpu::AdamWFactors*>(factors.data),
+           .decay = params.weight_decay,
+           .places = Places(buffers.shard),
+           .gradients = buffers.gradients.as<float>(),
+           .master = buffers.master.as<float>(),
+           .m = buffers.m.as<float>(),
+           .v = buffers.v.as<float>()};
   factors_kernel<<<1, 1, 0, stream_of(ctx)>>>(params, normaliser.as<float>(), state_of(buffers.state),
                                               static_cast<cpu::AdamWFactors*>(factors.data));
   check_launch("adamw");
-  const Tensor* all[] = {&buffers.gradients, &buffers.master, &buffers.m, &buffers.v, &buffers.weights};
-  const bool wide = std::all_of(std::begin(all), std::end(all), [](const Tensor* t) {
-    return reinterpret_cast<uintptr_t>(t->data) % 16 == 0;
-  });
-  visit_device_dtype(buffers.weights.dtype, [&](auto tag) {
-    using W = decltype(tag);
-    auto* weights = static_cast<W*>(buffers.weights.data);
-    const int blocks = blocks_for(u.count, kUpdateBlocks, wide ? 4 : 1);
-    if (wide)
-      adamw_kernel<W, 4><<<blocks, kThreads, 0, stream_of(ctx)>>>(u, weights);
-    else
-      adamw_kernel<W, 1><<<blocks, kThreads, 0, stream_of(ctx)>>>(u, weights);
-  });
-  check_launch("adamw");
+  const int64_t own = buffers.master.numel(), step = parts.elements > 0 ? parts.elements : own;
+  for (; u.first < own; u.first = u.last) {
+    u.last = std::min(own, u.first + step);
+    update_part(ctx, u, buffers);
+    if (parts.updated) parts.updated(u.first, u.last);
+  }
 }
 
 }  // namespace kernels::cuda

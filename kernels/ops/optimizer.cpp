@@ -10,6 +10,8 @@ namespace kernels {
 
 namespace {
 
+constexpr int64_t kAlignment = 32;  // elements of a piece
+
 void check_state(const char* operation, const Tensor& state) {
   check_dtype(operation, "state", state, DType::u8);
   check_shape(operation, "state", state, Shape{static_cast<int64_t>(sizeof(OptimizerState))});
@@ -33,20 +35,44 @@ void check_factors(const char* operation, const char* argument, const Tensor& gi
   check_dtype(operation, argument, given, DType::f32);
 }
 
-void check_shard(const char* operation, const OptimizerBuffers& buffers) {
+void check_shard(const char* operation, const OptimizerBuffers& buffers, int64_t own) {
+  const Shard& shard = buffers.shard;
+  if (!buffers.sums) {
+    if (shard.ranks != 1 || shard.rank != 0)
+      throw ShapeError(fmt::format("{}: a shard needs sums", operation));
+    return;
+  }
   check_dtype(operation, "sums", buffers.sums, DType::f64);
   check_shape(operation, "sums", buffers.sums, Shape{kOptimizerPieces});
-  if (buffers.begin < 0 || buffers.total < 1 || buffers.begin % optimizer_piece(buffers.total) != 0)
-    throw ShapeError(fmt::format("{}: a shard at element {} of {} does not begin with a piece of {}",
-                                 operation, buffers.begin, buffers.total, optimizer_piece(buffers.total)));
+  if (shard.rank < 0 || shard.rank >= shard.ranks || shard.piece <= 0 || shard.piece % kAlignment != 0 ||
+      own % shard.piece != 0)
+    throw ShapeError(fmt::format("{}: {} elements are not the pieces of {} of rank {} of {}", operation, own,
+                                 shard.piece, shard.rank, shard.ranks));
+}
+
+void check_whole(const char* operation, const char* argument, const Tensor& given, int64_t own,
+                 const OptimizerBuffers& buffers, DType dtype) {
+  check_shape(operation, argument, given, Shape{own * buffers.shard.ranks});
+  check_dtype(operation, argument, given, dtype);
 }
 
 }  // namespace
 
 int64_t optimizer_piece(int64_t total) {
-  constexpr int64_t kAlignment = 32;
-  const int64_t share = (total + kOptimizerPieces - 1) / kOptimizerPieces;
-  return std::max<int64_t>(1, (share + kAlignment - 1) / kAlignment) * kAlignment;
+  // Large pieces consist of what a GPU's block reads at once.
+  constexpr int64_t kChunk = 8192, kLarge = 16 * kChunk;
+  const int64_t share = std::max<int64_t>(1, (total + kOptimizerPieces - 1) / kOptimizerPieces);
+  const int64_t grain = share < kLarge ? kAlignment : kChunk;
+  return (share + grain - 1) / grain * grain;
+}
+
+int64_t Shard::place(int64_t own) const {
+  return ranks == 1 ? own : own + own / piece * (stripe() - piece) + rank * piece;
+}
+
+int64_t Shard::before(int64_t place) const {
+  if (ranks == 1) return place;
+  return place / stripe() * piece + std::clamp<int64_t>(place % stripe() - rank * piece, 0, piece);
 }
 
 float learning_rate(const Schedule& schedule, int64_t updates) {
@@ -66,9 +92,11 @@ void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, 
 void gradient_statistics(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
                          OptimizerBuffers& buffers) {
   check_state("gradient_statistics", buffers.state);
-  check_segments("gradient_statistics", segments, buffers.gradients.numel());
+  const int64_t own = buffers.gradients.numel() / std::max(1, buffers.shard.ranks);
+  check_shard("gradient_statistics", buffers, own);
+  check_shape("gradient_statistics", "gradients", buffers.gradients, Shape{own * buffers.shard.ranks});
+  check_segments("gradient_statistics", segments, own);
   check_factors("gradient_statistics", "normaliser", normaliser, 1);
-  if (buffers.sums) check_shard("gradient_statistics", buffers);
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::gradient_statistics(ctx, segments, normaliser, buffers);
   if (ctx.rehearsal) return;
@@ -78,7 +106,8 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
 void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers) {
   check_state("gradient_norm", buffers.state);
   check_factors("gradient_norm", "normaliser", normaliser, 1);
-  check_shard("gradient_norm", buffers);
+  check_dtype("gradient_norm", "sums", buffers.sums, DType::f64);
+  check_shape("gradient_norm", "sums", buffers.sums, Shape{kOptimizerPieces});
   if (ctx.rehearsal) return;
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::gradient_norm(ctx, normaliser, buffers);
@@ -94,24 +123,28 @@ void update_loss_scale(const Context& ctx, const LossScaleRules& rules, Optimize
 }
 
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
-           const AdamWParams& params, OptimizerBuffers& buffers) {
-  const Shape shape = buffers.weights.shape;
+           const AdamWParams& params, OptimizerBuffers& buffers, const UpdateParts& parts) {
+  const int64_t own = buffers.master.numel();
   const DType main = main_dtype(buffers.weights.dtype);
-  check_shape("adamw", "weights", buffers.weights, Shape{shape.numel()});
+  check_shard("adamw", buffers, own);
+  check_whole("adamw", "weights", buffers.weights, own, buffers, buffers.weights.dtype);
+  check_whole("adamw", "gradients", buffers.gradients, own, buffers, main);
   const std::pair<const char*, const Tensor*> given[] = {
-      {"master", &buffers.master}, {"gradients", &buffers.gradients}, {"m", &buffers.m}, {"v", &buffers.v}};
+      {"master", &buffers.master}, {"m", &buffers.m}, {"v", &buffers.v}};
   for (const auto& [name, tensor] : given) {
-    check_shape("adamw", name, *tensor, shape);
+    check_shape("adamw", name, *tensor, Shape{own});
     check_dtype("adamw", name, *tensor, main);
   }
   check_state("adamw", buffers.state);
-  check_segments("adamw", segments, shape.numel());
+  check_segments("adamw", segments, own);
   check_factors("adamw", "normaliser", normaliser, 1);
-  if (buffers.sums) check_shard("adamw", buffers);
+  const int64_t piece = buffers.sums ? buffers.shard.piece : optimizer_piece(own);
+  if (parts.elements < 0 || parts.elements % piece != 0)
+    throw ShapeError(fmt::format("adamw: parts of {} elements cut pieces of {}", parts.elements, piece));
   if constexpr (kCudaEnabled)
-    if (ctx.device.is_cuda()) return cuda::adamw(ctx, segments, normaliser, params, buffers);
+    if (ctx.device.is_cuda()) return cuda::adamw(ctx, segments, normaliser, params, buffers, parts);
   if (ctx.rehearsal) return;
-  return cpu::adamw(ctx, segments, normaliser, params, buffers);
+  return cpu::adamw(ctx, segments, normaliser, params, buffers, parts);
 }
 
 }  // namespace kernels

@@ -21,13 +21,14 @@
 // On a GPU gradient_statistics and adamw take working memory from ctx.scratch.
 // Gradients are left as they are; the next step clears them. Everything but `weights` is fp32.
 //
-// Sharded over ranks (ZeRO stage 1), a rank's buffers are one part of the flat buffers, and it knows the norm
-// of that part alone. gradient_statistics then only fills `sums`, the caller adds those over the ranks, and
-// gradient_norm makes norm and non-finite count of them on every rank. On the CPU the bits are those of the
-// whole buffers.
+// Sharded over ranks (ZeRO stage 1), the optimizer's buffers are cut into pieces and dealt out: a rank knows
+// the norm of its own pieces alone. gradient_statistics then only fills `sums`, the caller adds those over
+// the ranks, and gradient_norm makes norm and non-finite count of them on every rank. On the CPU the bits are
+// those of the whole buffers.
 // Sources: Loshchilov & Hutter 2019 (AdamW); Micikevicius et al. 2018 (loss scaling); hysteresis as
 // Megatron-LM.
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -97,22 +98,42 @@ struct AdamWParams {
 };
 
 // Work and sums are cut into pieces of the whole flat buffers, the same whoever computes them: pieces of a
-// multiple of 32 elements, at most kOptimizerPieces of them. A shard begins with a piece.
+// multiple of 32 elements, at most kOptimizerPieces of them.
 inline constexpr int64_t kOptimizerPieces = 256;
 int64_t optimizer_piece(int64_t total);  // elements of a piece of buffers of `total` elements
 
+// What a rank has of pieces that are dealt out in turn: `rank`, rank + ranks, rank + 2 ranks, ..., one behind
+// the other. So every rank has an equal part of each stripe of ranks * piece elements, and what it has of
+// neighbours is together.
+struct Shard {
+  int rank = 0, ranks = 1;
+  int64_t piece = 0;  // elements; 0 where one rank has everything
+  int64_t stripe() const { return ranks * piece; }
+  // Where own element `own` stands in the whole.
+  int64_t place(int64_t own) const;
+  // How many own elements are ahead of element `place` of the whole.
+  int64_t before(int64_t place) const;
+};
+
 struct OptimizerBuffers {
-  Tensor weights;    // (P) compute type
+  Tensor weights;    // (ranks * P) compute type: the whole, of which the shard is updated
   Tensor master;     // (P) main type, as are the rest
-  Tensor gradients;  // (P)
+  Tensor gradients;  // (ranks * P): the whole, of which the shard is read
   Tensor m, v;       // (P)
   Tensor state;      // (sizeof(OptimizerState)) uint8, on the same device
-  // A shard: P elements from element `begin` of `total`, whose segments are counted from `begin`. Without
-  // `sums` the buffers are whole.
-  int64_t begin = 0, total = 0;
-  // (kOptimizerPieces) fp64: sums of g^2 of this rank's pieces; those of other ranks are 0. On a GPU the sums
-  // may be cut otherwise: what counts is that all entries of all ranks add up to the whole.
+  // Segments count own elements. P is a number of pieces.
+  Shard shard = {};
+  // (kOptimizerPieces) fp64, null where one rank has everything: sums of g^2 of this rank's pieces; those of
+  // other ranks are 0. On a GPU the sums may be cut otherwise: what counts is that all entries of all ranks
+  // add up to the whole.
   Tensor sums = {};
+};
+
+// An update in parts of so many own elements (a number of pieces; 0: all at once): once the weights of own
+// elements [begin, end) are updated, in the order of ctx.stream, `updated` is called with them.
+struct UpdateParts {
+  int64_t elements = 0;
+  std::function<void(int64_t begin, int64_t end)> updated = {};
 };
 
 void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
@@ -122,7 +143,7 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
 void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
-           const AdamWParams& params, OptimizerBuffers& buffers);
+           const AdamWParams& params, OptimizerBuffers& buffers, const UpdateParts& parts = {});
 
 namespace cpu {
 void loss_seeds(const Context& ctx, const Tensor& state, const Tensor& factors, Tensor seeds);
@@ -131,7 +152,7 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
 void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
-           const AdamWParams& params, OptimizerBuffers& buffers);
+           const AdamWParams& params, OptimizerBuffers& buffers, const UpdateParts& parts);
 }  // namespace cpu
 
 namespace cuda {
@@ -141,7 +162,7 @@ void gradient_statistics(const Context& ctx, std::span<const Segment> segments, 
 void gradient_norm(const Context& ctx, const Tensor& normaliser, OptimizerBuffers& buffers);
 void update_loss_scale(const Context& ctx, const LossScaleRules& rules, OptimizerBuffers& buffers);
 void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& normaliser,
-           const AdamWParams& params, OptimizerBuffers& buffers);
+           const AdamWParams& params, OptimizerBuffers& buffers, const UpdateParts& parts);
 }  // namespace cuda
 
 }  // namespace kernels

@@ -14,7 +14,9 @@ using kernels::Tensor;
 using ranks::expect;
 using ranks::failures;
 using ranks::layers;
+using ranks::owned;
 using ranks::reduced;
+using ranks::striped;
 using ranks::values_of;
 
 template <typename T>
@@ -68,21 +70,12 @@ void test_nan(Communicator& world) {
   expect(v[0] == 1.0f && std::isnan(v[1]), "a NaN on one rank is the maximum on all");
 }
 
-void test_broadcast_and_gather(Communicator& world) {
+void test_broadcast(Communicator& world) {
   for (int root = 0; root < world.size(); ++root)
     for (int64_t n : kSizes) {
       std::vector<int32_t> v = values_of<int32_t>(world.rank(), n, 7);
       world.broadcast(view(v), root);
       expect(same_bits(v, values_of<int32_t>(root, n, 7)), fmt::format("broadcast of {} from {}", n, root));
-      std::vector<double> mine = values_of<double>(world.rank(), n, 9), right;
-      std::vector<double> all(mine.size() * static_cast<size_t>(world.size()),
-                              std::numeric_limits<double>::quiet_NaN());
-      world.all_gather(view(mine), view(all));
-      for (int r = 0; r < world.size(); ++r) {
-        const std::vector<double> part = values_of<double>(r, n, 9);
-        right.insert(right.end(), part.begin(), part.end());
-      }
-      expect(same_bits(all, right), fmt::format("all_gather of {}", n));
     }
   const std::string text = "tokens \xe2\x9c\x93 of rank 0";
   expect(world.broadcast(world.rank() == 0 ? text : "other", 0) == text, "broadcast of text");
@@ -110,14 +103,36 @@ void test_requests_in_any_order(Communicator& world) {
            fmt::format("request {} among several", i));
 }
 
-void test_reduce_and_transfer(Communicator& world) {
+void test_stripes(Communicator& world) {
+  const int size = world.size(), rank = world.rank();
+  for (int64_t stripes : {1, 3})
+    for (int64_t n : kSizes) {
+      const std::string what = fmt::format("{} stripes of {}", stripes, n);
+      std::vector<float> v = values_of<float>(rank, stripes * size * n, 21);
+      world.reduce_scatter_async(striped(view(v), size, n), Reduce::sum)->wait();
+      expect(same_bits(owned(v, rank, size, n),
+                       owned(reduced<float>(size, stripes * size * n, 21, Reduce::sum), rank, size, n)),
+             "reduce_scatter of " + what);
+      const std::vector<double> right = values_of<double>(0, stripes * size * n, 9);
+      std::vector<double> all = right;
+      for (size_t i = 0; i < all.size(); ++i)
+        if (static_cast<int64_t>(i) / n % size != rank) all[i] = std::numeric_limits<double>::quiet_NaN();
+      world.all_gather_async(striped(view(all), size, n))->wait();
+      expect(same_bits(all, right), "all_gather of " + what);
+    }
+  // More than is moved at once.
+  const int64_t n = (int64_t{20} << 20) / 4 / size;
+  const std::vector<int32_t> right = values_of<int32_t>(0, 3 * size * n, 11);
+  std::vector<int32_t> all = right;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (static_cast<int64_t>(i) / n % size != rank) all[i] = -1;
+  world.all_gather_async(striped(view(all), size, n))->wait();
+  expect(same_bits(all, right), "all_gather of 60 MiB");
+}
+
+void test_transfer(Communicator& world) {
   for (int root = 0; root < world.size(); ++root)
     for (int64_t n : kSizes) {
-      std::vector<float> v = values_of<float>(world.rank(), n, 21);
-      world.reduce_async(view(v), Reduce::sum, root)->wait();
-      expect(same_bits(v, world.rank() == root ? reduced<float>(world.size(), n, 21, Reduce::sum)
-                                               : values_of<float>(world.rank(), n, 21)),
-             fmt::format("reduce of {} to {}", n, root));
       const int from = (root + 1) % world.size();
       std::vector<double> t = values_of<double>(world.rank(), n, 22);
       world.transfer(view(t), from, root);
@@ -126,33 +141,25 @@ void test_reduce_and_transfer(Communicator& world) {
     }
 }
 
-// Every rank ends with the sums of its own shard, also where the last shards are short or empty.
+// Every rank ends with the sums of its own parts, also where the last stripe is padded.
 void test_sharded_gradients(Communicator& world) {
   constexpr int64_t kParameters = 40009;
-  const int64_t even = (kParameters + world.size() - 1) / world.size();
-  for (int64_t shard : {even, even + 5000, kParameters}) {
-    std::vector<float> gradients = values_of<float>(world.rank(), kParameters, 70);
+  const int size = world.size(), rank = world.rank();
+  for (int64_t part : {64, 1000, 40009}) {
+    const int64_t padded = (kParameters + size * part - 1) / (size * part) * size * part;
+    std::vector<float> gradients = values_of<float>(rank, padded, 70);
     auto parts = layers(kParameters, 6007);
     std::iter_swap(parts.end() - 1, parts.end() - 2);
-    comm::GradientReducer reducer(world, view(gradients), parts, {.bytes = 8000, .shard = shard});
-    for (const auto& part : parts) {
-      reducer.ready(part);
+    comm::GradientReducer reducer(world, view(gradients), parts, {.bytes = 8000, .stripe = size * part});
+    for (const auto& range : parts) {
+      reducer.ready(range);
       reducer.progress();
     }
     reducer.finish();
-    const auto right = reduced<float>(world.size(), kParameters, 70, Reduce::sum);
-    const auto begin = std::min(kParameters, shard * world.rank());
-    const auto end = std::min(kParameters, begin + shard);
-    expect(std::equal(gradients.begin() + begin, gradients.begin() + end, right.begin() + begin),
-           fmt::format("gradients in shards of {}", shard));
+    expect(same_bits(owned(gradients, rank, size, part),
+                     owned(reduced<float>(size, padded, 70, Reduce::sum), rank, size, part)),
+           fmt::format("gradients in parts of {}", part));
   }
-  std::vector<float> all(static_cast<size_t>(100 * world.size()), -1.0f);
-  std::fill_n(all.begin() + 100 * world.rank(), 100, static_cast<float>(world.rank()));
-  const Tensor whole = view(all);
-  world.all_gather(whole.slice(100 * world.rank(), 100), whole);
-  bool same = true;
-  for (int i = 0; i < 100 * world.size(); ++i) same = same && all[static_cast<size_t>(i)] == i / 100;
-  expect(same, "all_gather in place");
 }
 
 void test_gradient_reducer(Communicator& world) {
@@ -189,10 +196,11 @@ int main(int argc, char** argv) {
     test_all_reduce<int64_t>(world);
     test_more_than_one_piece(world);
     test_nan(world);
-    test_broadcast_and_gather(world);
+    test_broadcast(world);
+    test_stripes(world);
     test_requests_in_any_order(world);
     test_gradient_reducer(world);
-    test_reduce_and_transfer(world);
+    test_transfer(world);
     test_sharded_gradients(world);
     expect(session.local_size() == world.size() && session.local_rank() == world.rank(),
            "ranks of this host");

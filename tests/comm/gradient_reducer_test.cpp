@@ -16,8 +16,7 @@ class Recorder final : public comm::Communicator {
  public:
   struct Sent {
     const void* data;
-    int64_t count;
-    int root = -1;
+    kernels::Shape shape;
   };
   struct Done final : comm::Request {
     explicit Done(int& waits) : waits(waits) {}
@@ -28,17 +27,16 @@ class Recorder final : public comm::Communicator {
   int rank() const override { return 0; }
   int size() const override { return 2; }
   std::unique_ptr<comm::Request> all_reduce_async(Tensor t, comm::Reduce) override {
-    sent.push_back({t.data, t.numel()});
+    sent.push_back({t.data, t.shape});
     return std::make_unique<Done>(waits);
   }
-  std::unique_ptr<comm::Request> reduce_async(Tensor t, comm::Reduce, int root) override {
-    sent.push_back({t.data, t.numel(), root});
-    return std::make_unique<Done>(waits);
+  std::unique_ptr<comm::Request> reduce_scatter_async(Tensor t, comm::Reduce op) override {
+    return all_reduce_async(t, op);
   }
   void transfer(Tensor, int, int) override { throw std::logic_error("not used"); }
   void all_reduce(Tensor, comm::Reduce) override { throw std::logic_error("not used"); }
   void broadcast(Tensor, int) override { throw std::logic_error("not used"); }
-  void all_gather(const Tensor&, Tensor) override { throw std::logic_error("not used"); }
+  std::unique_ptr<comm::Request> all_gather_async(Tensor) override { throw std::logic_error("not used"); }
   void barrier() override { throw std::logic_error("not used"); }
 
   std::vector<Sent> sent;
@@ -57,7 +55,7 @@ class GradientReducer : public testing::Test {
     Ranges ranges;
     for (const auto& s : ranks_.sent) {
       const int64_t begin = static_cast<const float*>(s.data) - gradients_.data();
-      ranges.emplace_back(begin, begin + s.count);
+      ranges.emplace_back(begin, begin + s.shape.numel());
     }
     ranks_.sent.clear();
     return ranges;
@@ -109,17 +107,19 @@ TEST_F(GradientReducer, ABucketIsSentOnceItIsWholeAndNotBefore) {
   }
 }
 
-TEST_F(GradientReducer, ShardsGoToTheirOwners) {
-  comm::GradientReducer reducer = this->reducer({{700, 1000}, {0, 700}}, {.bytes = 4 * 150, .shard = 600});
-  reducer.ready({700, 1000});
-  EXPECT_EQ(ranks_.sent.size(), 2u);
+TEST_F(GradientReducer, StripesAreSentWholeWithTheirPadding) {
+  const Ranges parts{{731, 990}, {0, 731}};
+  comm::GradientReducer reducer = this->reducer(parts, {.bytes = 4 * 150, .stripe = 100});
+  reducer.ready(parts[0]);
+  ASSERT_EQ(ranks_.sent.size(), 1u);
+  EXPECT_EQ(ranks_.sent[0].shape, (kernels::Shape{2, 2, 50}));
+  EXPECT_EQ(sent(), (Ranges{{800, 1000}}));
   reducer.finish();
-  std::vector<std::pair<int64_t, int>> sent;  // end and owner
-  for (const auto& s : ranks_.sent)
-    sent.emplace_back(static_cast<const float*>(s.data) - gradients_.data() + s.count, s.root);
-  EXPECT_EQ(sent, (std::vector<std::pair<int64_t, int>>{
-                      {1000, 1}, {850, 1}, {700, 1}, {600, 0}, {550, 0}, {400, 0}, {250, 0}, {100, 0}}));
-  EXPECT_THROW(this->reducer({{0, 1000}}, {.bytes = 4, .shard = 499}), kernels::ShapeError);
+  EXPECT_EQ(sent(), (Ranges{{600, 800}, {400, 600}, {200, 400}, {0, 200}}));
+  for (const int64_t stripe : {-2, 99, 300})
+    EXPECT_THROW(this->reducer({{0, 1000}}, {.bytes = 4, .stripe = stripe}), kernels::ShapeError) << stripe;
+  EXPECT_THROW(this->reducer({{0, 900}}, {.bytes = 4, .stripe = 100}), kernels::ShapeError)
+      << "a stripe that is in no part";
 }
 
 TEST_F(GradientReducer, WhatTheBackwardLeavesForItsEndKeepsNoOtherWaiting) {
@@ -142,9 +142,12 @@ TEST_F(GradientReducer, WhatTheBackwardLeavesForItsEndKeepsNoOtherWaiting) {
   EXPECT_EQ(sent(), (Ranges{{700, 1000}}));
   joined.finish();
   EXPECT_EQ(sent(), (Ranges{{600, 700}, {0, 300}, {300, 600}}));
-  comm::GradientReducer sharded = reducer(parts, {.bytes = 4 * 250, .shard = 500, .joined = true});
+  comm::GradientReducer sharded = reducer(parts, {.bytes = 4 * 250, .stripe = 40, .joined = true});
+  sharded.ready(parts[0]);
+  sharded.ready(parts[1]);
+  EXPECT_EQ(sent(), (Ranges{{720, 1000}}));
   sharded.finish();
-  EXPECT_EQ(sent(), (Ranges{{700, 1000}, {600, 700}, {0, 300}, {500, 600}, {300, 500}}));
+  EXPECT_EQ(sent(), (Ranges{{600, 720}, {0, 280}, {280, 600}})) << "stripes wait for their last part";
 }
 
 // Ranks without a micro-batch announce nothing; what they send has to match what the others do.
@@ -187,8 +190,9 @@ TEST_F(GradientReducer, WhatCannotBeReducedIsRefused) {
   const Tensor strided = Tensor(v.data(), DType::f32, {2, 4}).columns(0, 2);
   EXPECT_THROW(alone->all_reduce(strided, comm::Reduce::sum), kernels::ShapeError);
   EXPECT_THROW(alone->broadcast(Tensor(v.data(), DType::f32, {8}), 1), kernels::ShapeError);
-  EXPECT_THROW(alone->all_gather(Tensor(v.data(), DType::f32, {3}), Tensor(v.data(), DType::f32, {4})),
-               kernels::ShapeError);
+  const Tensor two(v.data(), DType::f32, {1, 2, 4}), flat(v.data(), DType::f32, {8});
+  EXPECT_THROW(alone->all_gather_async(two), kernels::ShapeError);
+  EXPECT_THROW(alone->reduce_scatter_async(flat, comm::Reduce::sum), kernels::ShapeError);
 }
 
 }  // namespace

@@ -19,7 +19,9 @@ using kernels::Tensor;
 using ranks::expect;
 using ranks::failures;
 using ranks::layers;
+using ranks::owned;
 using ranks::reduced;
+using ranks::striped;
 using ranks::values_of;
 
 // Device memory with values that reach it in the order of a stream.
@@ -94,13 +96,11 @@ void compare_reductions(const Job& job) {
       OnGpu<T> t(job.device, job.stream, values_of<T>(job.ranks.rank(), n, seed));
       job.ranks.all_reduce(t.tensor(), op);
       expect(agrees(t.read(), right, size), "all_reduce of " + what);
-      for (int root = 0; root < size; ++root) {
-        OnGpu<T> r(job.device, job.stream, values_of<T>(job.ranks.rank(), n, seed));
-        job.ranks.reduce_async(r.tensor(), op, root)->wait();
-        const bool mine = job.ranks.rank() == root;
-        expect(agrees(r.read(), mine ? right : values_of<T>(job.ranks.rank(), n, seed), size),
-               fmt::format("reduce of {} to {}", what, root));
-      }
+      const int rank = job.ranks.rank();
+      const auto scattered = owned(reduced<T>(size, 5 * size * n, seed, op), rank, size, n);
+      OnGpu<T> stripes(job.device, job.stream, values_of<T>(rank, 5 * size * n, seed));
+      job.ranks.reduce_scatter_async(striped(stripes.tensor(), size, n), op)->wait();
+      expect(agrees(owned(stripes.read(), rank, size, n), scattered, size), "reduce_scatter of " + what);
     }
 }
 
@@ -116,32 +116,34 @@ void compare_moves(const Job& job) {
     expect(t.read() == values_of<float>(rank == root ? from : rank, 4097, 6),
            fmt::format("transfer from {} to {}", from, root));
   }
-  // fp16 weights, each rank's part in place.
-  constexpr int64_t kPart = 5000;
-  std::vector<kernels::f16> weights(static_cast<size_t>(kPart * size), kernels::f16(-1.0f));
-  for (int64_t i = 0; i < kPart; ++i)
-    weights[static_cast<size_t>(rank * kPart + i)] = kernels::f16(static_cast<float>(rank + i % 100));
+  // fp16 weights, each rank's parts in place.
+  constexpr int64_t kPart = 5000, kStripes = 7;
+  const auto right = [](int64_t i) { return static_cast<float>(i / kPart + i % 100); };
+  std::vector<kernels::f16> weights;
+  for (int64_t i = 0; i < kStripes * size * kPart; ++i)
+    weights.push_back(kernels::f16(i / kPart % size == rank ? right(i) : -1.0f));
   OnGpu<kernels::f16> all(job.device, job.stream, weights);
-  job.ranks.all_gather(all.tensor().slice(rank * kPart, kPart), all.tensor());
+  job.ranks.all_gather_async(striped(all.tensor(), size, kPart))->wait();
   bool same = true;
   const auto gathered = all.read();
-  for (int64_t i = 0; i < kPart * size; ++i)
-    same = same && static_cast<float>(gathered[static_cast<size_t>(i)]) ==
-                       static_cast<float>(i / kPart + i % kPart % 100);
+  for (size_t i = 0; i < gathered.size(); ++i)
+    same = same && static_cast<float>(gathered[i]) == right(static_cast<int64_t>(i));
   expect(same, "all_gather of fp16 in place");
   expect(job.ranks.all_reduce(int64_t{rank == 0}, Reduce::sum) == 1, "host values go through the host");
 }
 
 // Values arrive, buckets are reduced behind them, everything is read in the order of the compute stream:
 // eager, then recorded and launched again and again.
-void compare_buckets(const Job& job, int64_t shard) {
-  constexpr int64_t kParameters = 1 << 20;
+// piece: of a rank in a stripe; 0: every rank gets all sums.
+void compare_buckets(const Job& job, int64_t piece) {
   const int size = job.ranks.size(), rank = job.ranks.rank();
-  OnGpu<float> gradients(job.device, job.stream, values_of<float>(rank, kParameters, 60));
-  auto parts = layers(kParameters, 60007);
+  const int64_t stripe = piece * size, grain = std::max<int64_t>(stripe, 1);
+  const int64_t parameters = ((1 << 20) + grain - 1) / grain * grain;
+  OnGpu<float> gradients(job.device, job.stream, values_of<float>(rank, parameters, 60));
+  auto parts = layers(parameters, 60007);
   std::iter_swap(parts.end() - 1, parts.end() - 2);
   comm::GradientReducer reducer(job.ranks, gradients.tensor(), parts,
-                                {.bytes = 200000, .shard = shard, .joined = true});
+                                {.bytes = 200000, .stripe = stripe, .joined = true});
   const auto step = [&] {
     gradients.upload();
     for (const auto& part : parts) {
@@ -150,14 +152,10 @@ void compare_buckets(const Job& job, int64_t shard) {
     }
     reducer.finish();
   };
-  const auto right = reduced<float>(size, kParameters, 60, Reduce::sum);
-  const auto begin = static_cast<size_t>(std::min(kParameters, shard * rank));
-  const auto end = static_cast<size_t>(shard > 0 ? std::min(kParameters, shard * (rank + 1)) : kParameters);
-  const auto part = [&](const std::vector<float>& v) {
-    return std::vector<float>(v.begin() + begin, v.begin() + end);
-  };
+  const auto right = reduced<float>(size, parameters, 60, Reduce::sum);
+  const auto part = [&](const std::vector<float>& v) { return piece > 0 ? owned(v, rank, size, piece) : v; };
   step();
-  expect(agrees(part(gradients.read()), part(right), size), fmt::format("buckets, shards of {}", shard));
+  expect(agrees(part(gradients.read()), part(right), size), fmt::format("buckets, pieces of {}", piece));
   kernels::Graph graph;
   kernels::Graph::begin(job.stream);
   step();
@@ -170,7 +168,7 @@ void compare_buckets(const Job& job, int64_t shard) {
   }
   expect(kernels::device_counters().synchronizations == before, "the host does not wait");
   expect(agrees(part(gradients.read()), part(right), size),
-         fmt::format("recorded buckets, shards of {}", shard));
+         fmt::format("recorded buckets, pieces of {}", piece));
 }
 
 void refuse(const Job& job) {
@@ -195,7 +193,8 @@ int compare(const Job& job) {
   compare_reductions<int64_t>(job);
   compare_moves(job);
   compare_buckets(job, 0);
-  compare_buckets(job, (1 << 20) / job.ranks.size() + 1000);
+  compare_buckets(job, 4096);
+  compare_buckets(job, 100000);
   refuse(job);
   return static_cast<int>(job.world.all_reduce(int64_t{failures > 0}, Reduce::max));
 }

@@ -55,4 +55,18 @@ inline std::vector<comm::GradientRange> layers(int64_t elements, int64_t size) {
   return parts;
 }
 
+// (stripes, ranks, n) over a dense tensor.
+inline kernels::Tensor striped(const kernels::Tensor& t, int ranks, int64_t n) {
+  return t.view({n > 0 ? t.numel() / ranks / n : 1, ranks, n});
+}
+
+// What rank r owns of values cut into such stripes.
+template <typename T>
+std::vector<T> owned(const std::vector<T>& v, int r, int ranks, int64_t n) {
+  std::vector<T> own;
+  for (size_t i = 0; i < v.size(); ++i)
+    if (static_cast<int64_t>(i) / n % ranks == r) own.push_back(v[i]);
+  return own;
+}
+
 }  // namespace ranks

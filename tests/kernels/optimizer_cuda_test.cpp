@@ -4,11 +4,13 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 
 #include "kernels/core/stream.h"
 #include "kernels/ops/cast.h"
 #include "kernels/ops/optimizer.h"
+#include "tests/support/optimizer_shard.h"
 #include "tests/support/rehearsed.h"
 #include "tests/support/tensor_buffer.h"
 
@@ -185,49 +187,63 @@ TEST_F(CudaOptimizer, ARecordedStepIsManySteps) {
     EXPECT_TRUE(a->bytes() == b->bytes());
 }
 
-// Two shards: their sums add up to the whole's, and what is not finite in one stops both.
-TEST_F(CudaOptimizer, ShardsAgreeOnTheWholesNorm) {
+// Shards on a GPU: their sums add up to the whole's, what is not finite in one stops all, and they move as
+// the whole does on the CPU.
+TEST_F(CudaOptimizer, ShardsMoveLikeTheWhole) {
   const auto segments = some_segments();
-  Model whole({}, {}, segments), model(kGpu, stream_->get(), segments);
-  whole.gradients.fill_normal(5, 300);
-  model.gradients.fill_normal(5, 300);
-  const int64_t half = kernels::optimizer_piece(kCount) * 100;
-  for (const bool finite : {true, false}) {
-    if (!finite) model.gradients.set(17, std::nan(""));
-    std::vector<double> sums(kernels::kOptimizerPieces, 0.0);
-    TensorBuffer part(DType::f64, {kernels::kOptimizerPieces}, kGpu);
-    for (const auto& [begin, count] : {std::pair{int64_t{0}, half}, {half, kCount - half}}) {
-      std::vector<Segment> inside;
-      for (Segment s : segments) {
-        const int64_t low = std::max(s.begin, begin), high = std::min(s.begin + s.count, begin + count);
-        if (low >= high) continue;
-        s.begin = low - begin, s.count = high - low;
-        inside.push_back(s);
+  const kernels::AdamWParams params{.schedule = {.lr = 0.01f, .warmup = 4, .total = 20}, .clip = 0.7f};
+  for (const int ranks : {2, 3})
+    for (const bool finite : {true, false}) {
+      Model before({}, {}, segments), whole({}, {}, segments), model(kGpu, stream_->get(), segments);
+      for (Model* m : {&before, &whole}) {
+        m->gradients.fill_normal(5, 300);
+        if (!finite) m->gradients.set(17, std::nan(""));
       }
-      kernels::OptimizerBuffers shard = model.buffers;
-      shard.gradients = shard.gradients.slice(begin, count);
-      shard.begin = begin, shard.total = kCount, shard.sums = part;
-      part.poison();
-      kernels::gradient_statistics(model.ctx, inside, model.normaliser, shard);
-      kernels::synchronize(kGpu, stream_->get());
-      EXPECT_EQ(model.now().nonfinite, !finite && begin == 0);
-      const auto values = part.values();
-      for (size_t i = 0; i < sums.size(); ++i) sums[i] += values[i];
+      const OptimizerState start{.loss_scale = 1024.0f};
+      whole.put(start);
+      std::vector<double> total(kernels::kOptimizerPieces, 0.0);
+      std::vector<std::unique_ptr<support::OptimizerShard>> shards;
+      for (int r = 0; r < ranks; ++r) {
+        auto& shard = *shards.emplace_back(
+            std::make_unique<support::OptimizerShard>(before.buffers, model.state.tensor(), r, ranks));
+        model.put(start);
+        kernels::gradient_statistics(model.ctx, shard.own(segments), model.normaliser, shard.buffers);
+        kernels::synchronize(kGpu, stream_->get());
+        EXPECT_EQ(model.now().nonfinite, !finite && shard.has(17));
+        const auto sums = shard.sums.values();
+        for (size_t i = 0; i < total.size(); ++i) total[i] += sums[i];
+      }
+      kernels::gradient_statistics(whole.ctx, segments, whole.normaliser, whole.buffers);
+      kernels::update_loss_scale(whole.ctx, {}, whole.buffers);
+      kernels::adamw(whole.ctx, segments, whole.normaliser, params, whole.buffers);
+      std::vector<double> master = before.master.values();
+      for (const auto& shard : shards) {
+        model.put(start);
+        shard->sums.set(total);
+        kernels::gradient_norm(model.ctx, model.normaliser, shard->buffers);
+        kernels::update_loss_scale(model.ctx, {}, shard->buffers);
+        kernels::adamw(model.ctx, shard->own(segments), model.normaliser, params, shard->buffers,
+                       {.elements = 5 * shard->shard.piece});
+        kernels::synchronize(kGpu, stream_->get());
+        const OptimizerState now = model.now();
+        EXPECT_EQ(now.skip, !finite);
+        EXPECT_EQ(now.updates, whole.now().updates);
+        const double norm = whole.now().gradient_norm;
+        if (finite) {
+          EXPECT_NEAR(now.gradient_norm, norm, 0x1p-23 * norm);
+        }
+        shard->give(shard->master, master);
+        const std::vector<double> weights = shard->weights.values();
+        for (const Segment& s : segments)
+          for (int64_t i = s.begin; finite && s.trainable && i < s.begin + s.count; ++i)
+            if (shard->has(i)) {
+              const auto at = static_cast<size_t>(i);
+              ASSERT_EQ(weights[at], static_cast<float>(kernels::f16(static_cast<float>(master[at])))) << i;
+            }
+      }
+      const std::vector<double> right = whole.master.values();
+      for (size_t i = 0; i < right.size(); ++i) ASSERT_NEAR(master[i], right[i], 80 * 0x1p-24) << i;
     }
-    kernels::OptimizerBuffers all = model.buffers;
-    part.set(sums);
-    all.total = kCount, all.sums = part;
-    kernels::gradient_norm(model.ctx, model.normaliser, all);
-    kernels::synchronize(kGpu, stream_->get());
-    kernels::gradient_statistics(whole.ctx, segments, whole.normaliser, whole.buffers);
-    const double expected = finite ? whole.now().gradient_norm : std::numeric_limits<double>::infinity();
-    EXPECT_EQ(model.now().nonfinite, finite ? 0 : 1);
-    if (finite) {
-      EXPECT_NEAR(model.now().gradient_norm, expected, 0x1p-23 * expected);
-    } else {
-      EXPECT_EQ(model.now().gradient_norm, expected);
-    }
-  }
 }
 
 // Long segments, whose inner parts are read many elements at a time, with short ones and gaps between them.

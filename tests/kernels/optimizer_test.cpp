@@ -10,6 +10,7 @@
 
 #include "kernels/core/parallel.h"
 #include "kernels/ops/cast.h"
+#include "tests/support/optimizer_shard.h"
 #include "tests/support/tensor_buffer.h"
 
 namespace {
@@ -22,6 +23,7 @@ using kernels::OptimizerState;
 using kernels::Schedule;
 using kernels::ScheduleKind;
 using kernels::Segment;
+using support::OptimizerShard;
 using support::TensorBuffer;
 
 // A normaliser.
@@ -381,90 +383,117 @@ TEST(Optimizer, RefusesSegmentsOutsideTheBuffers) {
   EXPECT_THROW(kernels::adamw({}, segments, one(1), {}, model.buffers), kernels::ShapeError);
 }
 
-// The part of `segments` that lies in [begin, begin + count), counted from `begin`.
-std::vector<Segment> cut(std::vector<Segment> segments, int64_t begin, int64_t count) {
-  for (Segment& s : segments) {
-    const int64_t low = std::clamp(s.begin, begin, begin + count);
-    s.count = std::clamp(s.begin + s.count, low, begin + count) - low;
-    s.begin = low - begin;
-  }
-  return segments;
-}
-
-// Steps every shard of a model of its own, exchanging only the sums; returns what the shards moved.
-std::vector<std::vector<double>> step_in_shards(int shards, int64_t count,
+// Steps every shard of a model, exchanging only the sums; returns weights, master, m and v of all shards.
+std::vector<std::vector<double>> step_in_shards(int ranks, const Model& whole, const OptimizerState& start,
                                                 const std::vector<Segment>& segments,
-                                                const AdamWParams& params, double poison,
-                                                OptimizerState& last) {
-  const int64_t pieces = (kernels::kOptimizerPieces + shards - 1) / shards;
-  const int64_t width = pieces * kernels::optimizer_piece(count);
+                                                const AdamWParams& params, OptimizerState& last) {
   const TensorBuffer normaliser = one(0.5f);
-  std::vector<std::unique_ptr<Model>> models;
-  std::vector<kernels::OptimizerBuffers> parts;
-  std::vector<std::vector<double>> sums;
-  for (int r = 0; r < shards && r * width < count; ++r) {
-    Model& model = *models.emplace_back(std::make_unique<Model>(count));
-    if (poison != 0) model.gradients.tensor().as<float>()[count - 7] = static_cast<float>(poison);
-    const int64_t begin = r * width, n = std::min(width, count - begin);
-    sums.emplace_back(kernels::kOptimizerPieces, std::nan(""));
-    const auto part = [&](TensorBuffer& b) { return b.tensor().slice(begin, n); };
-    auto& own = parts.emplace_back(kernels::OptimizerBuffers{
-        part(model.weights), part(model.master), part(model.gradients), part(model.m), part(model.v),
-        model.state, begin, count,
-        kernels::Tensor(sums.back().data(), DType::f64, {kernels::kOptimizerPieces})});
-    kernels::gradient_statistics({}, cut(segments, begin, n), normaliser, own);
-  }
+  std::vector<OptimizerState> states(static_cast<size_t>(ranks), start);
+  std::vector<std::unique_ptr<OptimizerShard>> shards;
   std::vector<double> total(kernels::kOptimizerPieces, 0.0);
-  for (const auto& s : sums)
-    for (size_t i = 0; i < total.size(); ++i) total[i] += s[i];
-  std::vector<std::vector<double>> moved(4);
-  for (size_t r = 0; r < parts.size(); ++r) {
-    std::copy(total.begin(), total.end(), sums[r].begin());
-    kernels::gradient_norm({}, normaliser, parts[r]);
-    kernels::update_loss_scale({}, {}, parts[r]);
-    kernels::adamw({}, cut(segments, parts[r].begin, parts[r].master.numel()), normaliser, params, parts[r]);
-    const TensorBuffer* whole[] = {&models[r]->weights, &models[r]->master, &models[r]->m, &models[r]->v};
-    for (size_t i = 0; i < 4; ++i) {
-      const auto values = whole[i]->values();
-      moved[i].insert(moved[i].end(), values.begin() + parts[r].begin,
-                      values.begin() + parts[r].begin + parts[r].master.numel());
-    }
-    last = models[r]->now();
+  for (int r = 0; r < ranks; ++r) {
+    const kernels::Tensor state(&states[static_cast<size_t>(r)], DType::u8, {sizeof(OptimizerState)});
+    auto& one = *shards.emplace_back(std::make_unique<OptimizerShard>(whole.buffers, state, r, ranks));
+    kernels::gradient_statistics({}, one.own(segments), normaliser, one.buffers);
+    const auto sums = one.sums.values();
+    for (size_t i = 0; i < total.size(); ++i) total[i] += sums[i];
   }
+  const auto count = static_cast<size_t>(whole.master.tensor().numel());
+  std::vector<std::vector<double>> moved(4, std::vector<double>(count, 0.0));
+  for (const auto& shard : shards) {
+    shard->sums.set(total);
+    kernels::gradient_norm({}, normaliser, shard->buffers);
+    kernels::update_loss_scale({}, {}, shard->buffers);
+    int64_t updated = 0;
+    const kernels::UpdateParts parts{.elements = 3 * shard->shard.piece,
+                                     .updated = [&](int64_t begin, int64_t end) {
+                                       EXPECT_EQ(begin, updated);
+                                       updated = end;
+                                     }};
+    kernels::adamw({}, shard->own(segments), normaliser, params, shard->buffers, parts);
+    EXPECT_EQ(updated, shard->padded / ranks);
+    const TensorBuffer* own[] = {&shard->weights, &shard->master, &shard->m, &shard->v};
+    for (size_t i = 0; i < 4; ++i) shard->give(*own[i], moved[i]);
+    const auto weights = shard->weights.values();
+    for (int64_t i = 0; i < shard->padded; ++i)
+      if (i >= shard->elements || !shard->has(i)) {
+        EXPECT_EQ(weights[static_cast<size_t>(i)], -77.0) << i;
+      }
+  }
+  last = states.back();
   return moved;
 }
 
 TEST(Optimizer, ShardsOnSeveralRanksMoveLikeTheWholeBitForBit) {
   const int64_t count = 9000;  // pieces of 64
   const std::vector<Segment> segments = {
-      {0, 2000, true, true}, {2016, 70, false, true}, {2112, 4000, true, false}, {6112, 2888, true, true}};
+      {0, 2000, true, true}, {2000, 112, false, true}, {2112, 4000, true, false}, {6112, 2888, true, true}};
   AdamWParams params;
   params.clip = 0.5f;  // the norm matters
   for (const double poison : {0.0, static_cast<double>(INFINITY)}) {
-    Model whole(count);
-    if (poison != 0) whole.gradients.tensor().as<float>()[count - 7] = INFINITY;
+    Model whole(count), before(count);
+    if (poison != 0)
+      for (Model* model : {&whole, &before}) model->gradients.set(count - 7, INFINITY);
     whole.step(segments, {}, params, 0.5f);
-    for (int shards : {1, 2, 3, 7, 150}) {
+    // What no step moves.
+    const std::vector<double> frozen = before.weights.values();
+    for (int ranks : {1, 2, 3, 7, 150}) {
       OptimizerState state;
-      const auto moved = step_in_shards(shards, count, segments, params, poison, state);
-      EXPECT_EQ(moved[0], whole.weights.values()) << shards;
-      EXPECT_EQ(moved[1], whole.master.values()) << shards;
-      EXPECT_EQ(moved[2], whole.m.values()) << shards;
-      EXPECT_EQ(moved[3], whole.v.values()) << shards;
-      EXPECT_EQ(state.gradient_norm, whole.now().gradient_norm) << shards;
-      EXPECT_EQ(state.skip, poison != 0) << shards;
-      EXPECT_EQ(state.updates, whole.now().updates) << shards;
+      auto moved = step_in_shards(ranks, before, {}, segments, params, state);
+      for (size_t i = 0; i < frozen.size(); ++i)
+        if (poison != 0 || (i >= 2112 && i < 6112)) moved[0][i] = frozen[i];
+      EXPECT_EQ(moved[0], whole.weights.values()) << ranks;
+      EXPECT_EQ(moved[1], whole.master.values()) << ranks;
+      EXPECT_EQ(moved[2], whole.m.values()) << ranks;
+      EXPECT_EQ(moved[3], whole.v.values()) << ranks;
+      EXPECT_EQ(state.gradient_norm, whole.now().gradient_norm) << ranks;
+      EXPECT_EQ(state.skip, poison != 0) << ranks;
+      EXPECT_EQ(state.updates, whole.now().updates) << ranks;
     }
   }
 }
 
-TEST(Optimizer, AShardThatCutsAPieceIsRefused) {
-  Model model(40000);
-  std::vector<double> sums(kernels::kOptimizerPieces);
-  model.buffers.sums = kernels::Tensor(sums.data(), DType::f64, {kernels::kOptimizerPieces});
-  model.buffers.total = 80000;
-  model.buffers.begin = 100;
-  EXPECT_THROW(kernels::gradient_statistics({}, {}, one(1), model.buffers), kernels::ShapeError);
+TEST(Optimizer, WhatIsNotFiniteIsFoundInAShard) {
+  Model whole(9000);
+  whole.gradients.set(6500, std::nan(""));
+  whole.gradients.set(300, INFINITY);
+  const std::vector<Segment> segments = {{0, 6000}, {6000, 3000}};
+  int32_t found = 0;
+  for (int r = 0; r < 3; ++r) {
+    OptimizerState state;
+    OptimizerShard shard(whole.buffers, kernels::Tensor(&state, DType::u8, {sizeof(state)}), r, 3);
+    kernels::gradient_statistics({}, shard.own(segments), one(1), shard.buffers);
+    EXPECT_EQ(state.nonfinite, shard.has(6500) + shard.has(300));
+    const int32_t first = shard.has(300) ? 0 : shard.has(6500) ? 1 : -1;
+    EXPECT_EQ(state.first_nonfinite, first);
+    found += state.nonfinite;
+  }
+  EXPECT_EQ(found, 2);
+}
+
+TEST(Optimizer, WhatIsNoShardIsRefused) {
+  Model whole(9000);
+  OptimizerState state;
+  const kernels::Tensor at(&state, DType::u8, {sizeof(state)});
+  OptimizerShard shard(whole.buffers, at, 1, 2);
+  const auto refused = [&](const kernels::OptimizerBuffers& given, const kernels::UpdateParts& parts = {}) {
+    kernels::OptimizerBuffers buffers = given;
+    EXPECT_THROW(kernels::adamw({}, {}, one(1), {}, buffers, parts), kernels::ShapeError);
+  };
+  kernels::OptimizerBuffers buffers = shard.buffers;
+  buffers.shard.piece = 100;
+  refused(buffers);
+  buffers = shard.buffers;
+  buffers.shard.rank = 2;
+  refused(buffers);
+  buffers = shard.buffers;
+  buffers.sums = {};
+  refused(buffers);
+  buffers = shard.buffers;
+  buffers.weights = buffers.weights.slice(0, buffers.master.numel());
+  refused(buffers);
+  refused(shard.buffers, {.elements = shard.shard.piece / 2});
+  kernels::adamw({}, {}, one(1), {}, shard.buffers, {.elements = shard.shard.piece});
 }
 
 }  // namespace

@@ -58,9 +58,11 @@ void ParameterStore::allocate(kernels::Device device, DType compute, bool traini
   sharding_ = sharding;
   memory_.clear();
   buffers_ = {};
-  // A shard is a whole number of the optimizer's pieces, so that norms add up in the same order.
-  const int64_t piece = kernels::optimizer_piece(elements_), pieces = (elements_ + piece - 1) / piece;
-  shard_elements_ = sharded() ? (pieces + sharding.ranks - 1) / sharding.ranks * piece : elements_;
+  shard_ = {.rank = sharding.rank,
+            .ranks = sharding.ranks,
+            .piece = sharded() ? kernels::optimizer_piece(elements_) : 0};
+  shard_elements_ =
+      sharded() ? (elements_ + shard_.stripe() - 1) / shard_.stripe() * shard_.piece : elements_;
   const int64_t padded = sharding.ranks * shard_elements_;
   const DType main = kernels::main_dtype(compute);
   padded_weights_ = place("weights", compute, padded, rehearsal);
@@ -99,19 +101,26 @@ void ParameterStore::assign(int id, const Tensor& values) {
   if (buffers_.master) put(buffers_.master, id, values);
 }
 
-std::pair<int64_t, int64_t> ParameterStore::held_by(int rank, int id) const {
+std::vector<HeldRun> ParameterStore::held_by(int rank, int id) const {
   const Parameter& p = parameters_[static_cast<size_t>(id)];
-  const int64_t begin = std::clamp(rank * shard_elements_, p.begin, p.begin + p.shape.numel());
-  return {begin, std::clamp((rank + 1) * shard_elements_, begin, p.begin + p.shape.numel())};
+  kernels::Shard shard = shard_;
+  shard.rank = rank;
+  const int64_t end = shard.before(p.begin + p.shape.numel());
+  std::vector<HeldRun> runs;
+  for (int64_t own = shard.before(p.begin), next; own < end; own = next) {
+    next = sharded() ? std::min(end, (own / shard.piece + 1) * shard.piece) : end;
+    runs.push_back({shard.place(own), shard.place(own) + next - own, own});
+  }
+  return runs;
 }
 
 void ParameterStore::put(const Tensor& flat, int id, const Tensor& values) {
   const Parameter& p = parameters_[static_cast<size_t>(id)];
-  const auto [begin, end] = held_by(sharding_.rank, id);
-  if (begin == end) return;
-  const Tensor target = flat.slice(begin - sharding_.rank * shard_elements_, end - begin);
-  const Tensor source = values.view({p.shape.numel()}).slice(begin - p.begin, end - begin);
-  kernels::copy_bytes(target.data, device_, source.data, {}, target.bytes());
+  for (const auto& [begin, end, own] : held_by(sharding_.rank, id)) {
+    const Tensor target = flat.slice(own, end - begin);
+    const Tensor source = values.view({p.shape.numel()}).slice(begin - p.begin, end - begin);
+    kernels::copy_bytes(target.data, device_, source.data, {}, target.bytes());
+  }
 }
 
 void ParameterStore::initialize(const Parameter& parameter, uint64_t seed, int id) {
@@ -140,10 +149,6 @@ void ParameterStore::initialize(const Context&, uint64_t seed) {
     while (p.init.kind == Init::Kind::copy) p = parameters_[static_cast<size_t>(p.init.source)];
     initialize(p, seed, static_cast<int>(i));
   }
-}
-
-void ParameterStore::refresh_weights(const Context& ctx) {
-  kernels::cast(ctx, buffers_.master, shard().weights);
 }
 
 void ParameterStore::freeze(const std::vector<std::string>& prefixes_kept_trainable) {
@@ -224,21 +229,25 @@ std::vector<kernels::Segment> ParameterStore::segments() const {
 kernels::OptimizerBuffers ParameterStore::shard() const {
   kernels::OptimizerBuffers own = buffers_;
   if (!sharded()) return own;
-  own.begin = sharding_.rank * shard_elements_;
-  own.total = elements_;
+  own.shard = shard_;
   own.sums = sums_;
-  own.weights = padded_weights_.slice(own.begin, shard_elements_);
-  own.gradients = padded_gradients_.slice(own.begin, shard_elements_);
+  own.weights = padded_weights_;
+  own.gradients = padded_gradients_;
   return own;
+}
+
+Tensor ParameterStore::weight_stripes(int64_t begin, int64_t end) const {
+  const int64_t ranks = shard_.ranks, piece = shard_.piece;
+  return padded_weights_.slice(begin * ranks, (end - begin) * ranks)
+      .view({(end - begin) / piece, ranks, piece});
 }
 
 std::vector<kernels::Segment> ParameterStore::shard_segments() const {
   std::vector<kernels::Segment> own = segments();
-  const int64_t low = sharding_.rank * shard_elements_, high = low + shard_elements_;
   for (kernels::Segment& s : own) {
-    const int64_t begin = std::clamp(s.begin, low, high);
-    s.count = std::clamp(s.begin + s.count, begin, high) - begin;
-    s.begin = begin - low;
+    const int64_t begin = shard_.before(s.begin);
+    s.count = shard_.before(s.begin + s.count) - begin;
+    s.begin = begin;
   }
   return own;
 }

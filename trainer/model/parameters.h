@@ -42,6 +42,11 @@ struct Sharding {
   int rank = 0, ranks = 1;
 };
 
+// Elements [begin, end) of the flat buffers, which a rank has from its own element `own` on.
+struct HeldRun {
+  int64_t begin, end, own;
+};
+
 class ParameterStore {
  public:
   // Registers a parameter and returns its number. Decay is on for matrices. A parameter starts at a multiple
@@ -59,16 +64,14 @@ class ParameterStore {
   // Random initial values keyed by (seed, parameter name, element): independent of ranks and of other
   // parameters.
   void initialize(const Context& ctx, uint64_t seed);
-  // weights = master rounded to the compute type; only of the own shard.
-  void refresh_weights(const Context& ctx);
   // The values of one parameter, from dense host memory of the main type: into the master, where there is
   // one, and rounded into the weight.
   void assign(int id, const Tensor& values);
   // The elements of parameter `id` that `flat` (master, m or v) holds, from and to dense host memory of the
   // whole parameter.
   void put(const Tensor& flat, int id, const Tensor& values);
-  // What rank `rank` holds of parameter `id`: elements [first, second) of the flat buffers.
-  std::pair<int64_t, int64_t> held_by(int rank, int id) const;
+  // What rank `rank` holds of parameter `id`, in ascending order.
+  std::vector<HeldRun> held_by(int rank, int id) const;
   // Every parameter whose name starts with none of the prefixes is no longer trainable.
   void freeze(const std::vector<std::string>& prefixes_kept_trainable);
 
@@ -103,8 +106,11 @@ class ParameterStore {
   bool sharded() const { return sharding_.ranks > 1; }
   const Sharding& sharding() const { return sharding_; }
   int64_t shard_elements() const { return shard_elements_; }  // the same on every rank, padding included
-  // All weights, padded to whole shards: what every rank's updated shard is gathered into.
-  Tensor padded_weights() const { return padded_weights_; }
+  int64_t stripe() const { return shard_.stripe(); }          // elements; 0 when not sharded
+  // All gradients, padded to whole stripes.
+  Tensor padded_gradients() const { return padded_gradients_; }
+  // The stripes (n, ranks, piece) of all weights that have own elements [begin, end) of every rank.
+  Tensor weight_stripes(int64_t begin, int64_t end) const;
   // One arena per segment of memory: weights, master, gradients, m, v, optimizer.
   const std::vector<std::unique_ptr<kernels::Arena>>& memory() const { return memory_; }
 
@@ -120,6 +126,7 @@ class ParameterStore {
   DType compute_ = DType::f16;
   kernels::Device device_;
   Sharding sharding_;
+  kernels::Shard shard_;
   int64_t shard_elements_ = 0;
   kernels::OptimizerBuffers buffers_;
   Tensor padded_weights_, padded_gradients_, sums_;

@@ -175,15 +175,15 @@ void Checkpointing::collect(const Item& item, const Tensor& place, std::vector<c
   }
   const int64_t first = store.parameters()[static_cast<size_t>(item.parameter)].begin;
   for (int r = 0; r < store.sharding().ranks; ++r) {
-    const auto [begin, end] = store.held_by(r, item.parameter);
-    if (begin == end) continue;
-    if (!place) staging.resize(static_cast<size_t>((end - begin) * element));
-    void* target = place ? static_cast<char*>(place.data) + (begin - first) * element : staging.data();
-    const Tensor part(target, item.flat.dtype, {end - begin});
-    if (r == store.sharding().rank)
-      kernels::copy_bytes(target, {}, item.flat.slice(begin - r * store.shard_elements(), end - begin).data,
-                          item.flat.device, part.bytes());
-    if (r > 0) ranks_.transfer(part, r, 0);
+    for (const auto& [begin, end, own] : store.held_by(r, item.parameter)) {
+      if (!place) staging.resize(static_cast<size_t>((end - begin) * element));
+      void* target = place ? static_cast<char*>(place.data) + (begin - first) * element : staging.data();
+      const Tensor part(target, item.flat.dtype, {end - begin});
+      if (r == store.sharding().rank)
+        kernels::copy_bytes(target, {}, item.flat.slice(own, end - begin).data, item.flat.device,
+                            part.bytes());
+      if (r > 0) ranks_.transfer(part, r, 0);
+    }
   }
 }
 

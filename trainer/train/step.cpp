@@ -56,6 +56,14 @@ size_t bucket_bytes(const configs::Config& config, kernels::Device device) {
   return static_cast<size_t>(mib * (1 << 20));
 }
 
+// Own elements of a shard whose updated weights are gathered while the next ones are computed.
+int64_t part_elements(const ParameterStore& store, size_t bytes) {
+  const auto stripe_bytes =
+      static_cast<size_t>(store.stripe()) * kernels::size_of(store.buffers().master.dtype);
+  const size_t stripes = std::max<size_t>(1, bytes / stripe_bytes);
+  return static_cast<int64_t>(stripes) * (store.stripe() / store.sharding().ranks);
+}
+
 ModelBatch view_batch(const Tensor& block, const BatchShape& shape, const data::LoaderParams& params,
                       const configs::Config& config) {
   BlockCutter cutter(block.data, block.device);
@@ -122,11 +130,11 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   const ParameterStore& store = model.parameters();
   segments_ = store.segments();
   shard_segments_ = store.shard_segments();
-  const comm::Buckets buckets{.bytes = bucket_bytes(config, ctx.device),
-                              .shard = store.sharded() ? store.shard_elements() : 0,
-                              .joined = ctx.device.is_cuda()};
-  reducer_ = std::make_unique<comm::GradientReducer>(ranks, store.buffers().gradients, rehearsal_.gradients,
-                                                     buckets);
+  const comm::Buckets buckets{
+      .bytes = bucket_bytes(config, ctx.device), .stripe = store.stripe(), .joined = ctx.device.is_cuda()};
+  reducer_ =
+      std::make_unique<comm::GradientReducer>(ranks, store.padded_gradients(), rehearsal_.gradients, buckets);
+  if (store.sharded() && ctx.device.is_cuda()) update_elements_ = part_elements(store, buckets.bytes);
   set_state(initial_state(config));
 }
 
@@ -255,8 +263,19 @@ void Stepper::finish_step(bool attribute) {
   kernels::copy_async(field(buffers.state, offsetof(OptimizerState, nonfinite)).data, numbers_.agreed.data,
                       sizeof(int32_t), ctx_.device, ctx_.stream);
   kernels::update_loss_scale(ctx_, loss_scale_rules(config_), buffers);
-  kernels::adamw(ctx_, shard_segments_, numbers_.normaliser, adamw_params(config_), shard);
-  if (store.sharded()) ranks_.all_gather(shard.weights, store.padded_weights());
+  update(shard);
+}
+
+void Stepper::update(kernels::OptimizerBuffers& shard) {
+  const ParameterStore& store = model_.parameters();
+  std::vector<std::unique_ptr<comm::Request>> gathers;
+  kernels::UpdateParts parts{.elements = update_elements_};
+  if (store.sharded())
+    parts.updated = [&](int64_t begin, int64_t end) {
+      gathers.push_back(ranks_.all_gather_async(store.weight_stripes(begin, end)));
+    };
+  kernels::adamw(ctx_, shard_segments_, numbers_.normaliser, adamw_params(config_), shard, parts);
+  for (auto& gather : gathers) gather->wait();
 }
 
 void Stepper::send_results(const data::StepPlan& plan, bool attribute) {

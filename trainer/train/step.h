@@ -103,7 +103,7 @@ class Stepper {
   void compute(const Work& work);
   void backward(const BatchShape& shape, bool reduce);
   void finish_step(bool attribute);
-  void agree(bool attribute);
+  void update(kernels::OptimizerBuffers& shard);
   void send_results(const data::StepPlan& plan, bool attribute);
   StepMetrics collect();
 
@@ -123,6 +123,7 @@ class Stepper {
   std::deque<Flight*> in_flight_;
   size_t late_;
   bool graphs_;
+  int64_t update_elements_ = 0;  // 0: all at once
   int64_t attempts_ = 0, reference_rows_ = 1;
   kernels::OptimizerState state_;
 };
