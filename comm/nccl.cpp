@@ -103,7 +103,7 @@ NcclGroup::NcclGroup(Communicator& world, kernels::Device device, kernels::Strea
       device_(device),
       compute_(compute),
       who_(fmt::format("rank {} on cuda:{}", world.rank(), device.index)),
-      stream_(device),
+      stream_(device, true),
       forked_(device),
       joined_(device),
       watchdog_(who_, device, deadline) {

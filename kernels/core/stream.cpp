@@ -7,9 +7,9 @@
 
 namespace kernels {
 
-OwnedStream::OwnedStream(Device device) {
+OwnedStream::OwnedStream(Device device, bool urgent) {
   if constexpr (kCudaEnabled)
-    if (device.is_cuda()) stream_.handle = cuda::create_stream(device.index);
+    if (device.is_cuda()) stream_.handle = cuda::create_stream(device.index, urgent);
 }
 
 OwnedStream::~OwnedStream() {

@@ -10,10 +10,11 @@
 
 namespace kernels {
 
-// Owns a stream that runs beside others; null on the CPU.
+// Owns a stream that runs beside others; null on the CPU. Of work that waits for multiprocessors, that of an
+// urgent stream is the first to get some.
 class OwnedStream {
  public:
-  explicit OwnedStream(Device device);
+  explicit OwnedStream(Device device, bool urgent = false);
   ~OwnedStream();
   OwnedStream(const OwnedStream&) = delete;
   OwnedStream& operator=(const OwnedStream&) = delete;

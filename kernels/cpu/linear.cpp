@@ -55,10 +55,13 @@ void add_column_sums(const Tensor& dy, const Tensor& sums) {
 
 }  // namespace
 
-void linear_backward_weight(const Context&, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
+void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
                             bool accumulate) {
   gemm({dy, true}, {x}, {}, accumulate, dw);
-  if (!dbias) return;
+  if (dbias) cpu::linear_backward_bias(ctx, dy, dbias);
+}
+
+void linear_backward_bias(const Context&, const Tensor& dy, Tensor dbias) {
   visit_dtype(dy.dtype, [&](auto tag) { add_column_sums<decltype(tag)>(dy, dbias); });
 }
 

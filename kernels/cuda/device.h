@@ -18,7 +18,7 @@ void free_pinned(void* data) noexcept;
 void copy_bytes(void* dst, const void* src, size_t bytes);
 void copy_async(void* dst, const void* src, size_t bytes, void* stream);
 
-void* create_stream(int index);
+void* create_stream(int index, bool urgent);
 void destroy_stream(void* stream) noexcept;
 void synchronize_stream(void* stream);
 

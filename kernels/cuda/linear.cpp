@@ -113,4 +113,8 @@ void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& 
   multiply(ctx, plain);
 }
 
+void linear_backward_bias(const Context& ctx, const Tensor& dy, Tensor dbias) {
+  add_column_sums(ctx, dy, dbias);
+}
+
 }  // namespace kernels::cuda

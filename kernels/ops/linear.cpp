@@ -48,6 +48,11 @@ void check_backward_input(const char* operation, const Tensor& dy, const Tensor&
 
 std::atomic<bool> measuring = true;
 
+void check_bias_gradient(const char* operation, const Tensor& dy, const Tensor& dbias) {
+  check_shape(operation, "dbias", dbias, Shape{dy.cols()});
+  check_dtype(operation, "dbias", dbias, main_dtype(dy.dtype));
+}
+
 }  // namespace
 
 Shape panels_shape(const Tensor& matrix) {
@@ -154,10 +159,7 @@ void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& 
   check_rows("linear_backward_weight", "dw", dw, dy.cols(), x.cols());
   check_dtype("linear_backward_weight", "x", x, dy.dtype);
   check_dtype("linear_backward_weight", "dw", dw, main_dtype(dy.dtype));
-  if (dbias) {
-    check_shape("linear_backward_weight", "dbias", dbias, Shape{dy.cols()});
-    check_dtype("linear_backward_weight", "dbias", dbias, main_dtype(dy.dtype));
-  }
+  if (dbias) check_bias_gradient("linear_backward_weight", dy, dbias);
   if (ctx.rehearsal) return;
   if (dy.rows() == 0) {
     if (!accumulate) fill(ctx, dw, 0.0f);
@@ -166,6 +168,14 @@ void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& 
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::linear_backward_weight(ctx, dy, x, dw, dbias, accumulate);
   return cpu::linear_backward_weight(ctx, dy, x, dw, dbias, accumulate);
+}
+
+void linear_backward_bias(const Context& ctx, const Tensor& dy, Tensor dbias) {
+  check_bias_gradient("linear_backward_bias", dy, dbias);
+  if (ctx.rehearsal || dy.rows() == 0) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::linear_backward_bias(ctx, dy, dbias);
+  return cpu::linear_backward_bias(ctx, dy, dbias);
 }
 
 void measure_products(bool on) { measuring = on; }

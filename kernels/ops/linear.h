@@ -66,6 +66,8 @@ void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tens
 // dW += dy^T x, or dW = dy^T x whatever dW held; db += column sums of dy (dbias may be empty).
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw,
                             Tensor dbias = {}, bool accumulate = true);
+// Of it db alone.
+void linear_backward_bias(const Context& ctx, const Tensor& dy, Tensor dbias);
 
 // On a GPU the first product of each kind (sizes, strides, types) times the library's kernels and remembers
 // the fastest for the life of the process; inside a graph capture, and when switched off here, it takes the
@@ -88,6 +90,7 @@ void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tens
                                 Tensor dpre);
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
                             bool accumulate);
+void linear_backward_bias(const Context& ctx, const Tensor& dy, Tensor dbias);
 }  // namespace cpu
 
 namespace cuda {
@@ -108,6 +111,7 @@ void linear_backward_input_gelu(const Context& ctx, const Tensor& dy, const Tens
                                 Tensor dpre);
 void linear_backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, Tensor dw, Tensor dbias,
                             bool accumulate);
+void linear_backward_bias(const Context& ctx, const Tensor& dy, Tensor dbias);
 }  // namespace cuda
 
 }  // namespace kernels

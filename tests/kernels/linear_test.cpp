@@ -91,6 +91,8 @@ TEST(Linear, NamesTheArgumentThatDoesNotFit) {
   }
   TensorBuffer dy(DType::f16, {3, 4}), dw(DType::f16, {4, 8});
   EXPECT_THROW(kernels::linear_backward_weight({}, dy, x, dw), kernels::ShapeError);  // dw must be fp32
+  TensorBuffer dbias(DType::f32, {5});
+  EXPECT_THROW(kernels::linear_backward_bias({}, dy, dbias), kernels::ShapeError);
 }
 
 }  // namespace

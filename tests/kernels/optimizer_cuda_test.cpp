@@ -199,7 +199,8 @@ TEST_F(CudaOptimizer, ShardsMoveLikeTheWhole) {
         m->gradients.fill_normal(5, 300);
         if (!finite) m->gradients.set(17, std::nan(""));
       }
-      const OptimizerState start{.loss_scale = 1024.0f};
+      // Statistics of one step, before the scale may change.
+      const OptimizerState start{.loss_scale = 1024.0f, .gradient_scale = 1024.0f};
       whole.put(start);
       std::vector<double> total(kernels::kOptimizerPieces, 0.0);
       std::vector<std::unique_ptr<support::OptimizerShard>> shards;

@@ -75,10 +75,28 @@ void Linear::backward_input_gelu(const Context& ctx, const Tensor& dy, const Ten
 }
 
 void Linear::backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const {
-  if (!store_->parameters()[static_cast<size_t>(first_)].trainable) return;
-  kernels::linear_backward_weight(ctx, dy, x, store_->fused_gradient(first_, last_),
-                                  bias_ >= 0 ? store_->fused_gradient(bias_, last_bias_) : Tensor{},
+  backward_weight(ctx, dy, x, bias_gradient());
+}
+
+void Linear::backward_bias(const Context& ctx, const Tensor& dy) const {
+  if (trainable() && bias_ >= 0) kernels::linear_backward_bias(ctx, dy, bias_gradient());
+}
+
+void Linear::backward_matrix(const Context& ctx, const Tensor& dy, const Tensor& x) const {
+  backward_weight(ctx, dy, x, Tensor{});
+}
+
+void Linear::backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x,
+                             const Tensor& dbias) const {
+  if (!trainable()) return;
+  kernels::linear_backward_weight(ctx, dy, x, store_->fused_gradient(first_, last_), dbias,
                                   ctx.rehearsal || !store_->take_unwritten(first_, last_));
+}
+
+bool Linear::trainable() const { return store_->parameters()[static_cast<size_t>(first_)].trainable; }
+
+Tensor Linear::bias_gradient() const {
+  return bias_ >= 0 ? store_->fused_gradient(bias_, last_bias_) : Tensor{};
 }
 
 void Linear::pack(const Context& ctx, kernels::Arena& panels) {

@@ -29,11 +29,17 @@ class Linear {
   void backward_input_gelu(const Context& ctx, const Tensor& dy, const Tensor& pre, Tensor dpre) const;
   // Gradients of weight and bias (+=); nothing where they are frozen.
   void backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x) const;
+  // The same in two halves.
+  void backward_bias(const Context& ctx, const Tensor& dy) const;
+  void backward_matrix(const Context& ctx, const Tensor& dy, const Tensor& x) const;
   // Takes memory for the panels from `panels`; packs them unless the arena is measuring.
   void pack(const Context& ctx, kernels::Arena& panels);
   int64_t bytes() const;
 
  private:
+  void backward_weight(const Context& ctx, const Tensor& dy, const Tensor& x, const Tensor& dbias) const;
+  bool trainable() const;
+  Tensor bias_gradient() const;
   kernels::LinearWeight weight(bool rows_alone, const Norm* norm = nullptr) const;
 
   ParameterStore* store_ = nullptr;

@@ -40,6 +40,11 @@ void Mlp::forward(const Context& ctx, const LayerInput& x, const Tensor& residua
 void Mlp::backward(const Context& ctx, const Tensor& dy, const Saved& saved, Tensor dexpanded,
                    Tensor dx) const {
   const kernels::ArenaScope scope(*ctx.scratch);
+  // Gradients of the layers above may start on their way to other ranks now, beside what follows. The small
+  // sums give that exchange the time to take its multiprocessors before a product takes all of them. Then it
+  // costs the product of many tiles little; one that takes every multiprocessor once, as the matrix's
+  // gradient does, would take twice as long beside it.
+  down_.backward_bias(ctx, dy);
   if (gated_) {
     const Tensor dactivated = ctx.scratch->allocate("mlp dactivated", dy.dtype, saved.activated.shape);
     down_.backward_input(ctx, dy, dactivated);
@@ -47,9 +52,7 @@ void Mlp::backward(const Context& ctx, const Tensor& dy, const Saved& saved, Ten
   } else {
     down_.backward_input_gelu(ctx, dy, saved.expanded, dexpanded);
   }
-  // Behind the product with many tiles: gradients of the layer above may be on their way, and a product that
-  // takes every multiprocessor once takes twice as long where an exchange has some of them.
-  down_.backward_weight(ctx, dy, saved.activated);
+  down_.backward_matrix(ctx, dy, saved.activated);
   expand_.backward_input(ctx, dexpanded, dx);
 }
 

@@ -58,8 +58,7 @@ size_t bucket_bytes(const configs::Config& config, kernels::Device device) {
 
 // Own elements of a shard whose updated weights are gathered while the next ones are computed.
 int64_t part_elements(const ParameterStore& store, size_t bytes) {
-  const auto stripe_bytes =
-      static_cast<size_t>(store.stripe()) * kernels::size_of(store.buffers().master.dtype);
+  const auto stripe_bytes = static_cast<size_t>(store.stripe()) * kernels::size_of(store.compute());
   const size_t stripes = std::max<size_t>(1, bytes / stripe_bytes);
   return static_cast<int64_t>(stripes) * (store.stripe() / store.sharding().ranks);
 }

@@ -86,7 +86,8 @@ OpCase gelu_case(std::string name, LinearShape s, bool bias) {
     const kernels::Tensor dpre = ctx.scratch->allocate("dpre", t["pre"].dtype, t["pre"].shape);
     kernels::linear_backward_input_gelu(ctx, t["dy"], t["behind"], t["pre"], dpre);
     kernels::linear_backward_weight(ctx, t["dy"], t["activated"], t["dbehind"]);
-    kernels::linear_backward_weight(ctx, dpre, t["x"], t["dw"], bias ? t["dbias"] : kernels::Tensor{});
+    kernels::linear_backward_weight(ctx, dpre, t["x"], t["dw"]);
+    if (bias) kernels::linear_backward_bias(ctx, dpre, t["dbias"]);
     kernels::linear_backward_input(ctx, dpre, t["w"], t["dx"]);
   };
   // Rounded on the way: pre, activated; and pre, the gradient behind the gelu, dpre. Each weighs about one.
