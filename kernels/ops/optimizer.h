@@ -2,14 +2,13 @@
 // One optimizer step over flat buffers, driven by a state that lives on the device. No value is read back by
 // the host inside a step.
 //
-// Order:  gradients reduced -> gradient_statistics -> (MAX of state.nonfinite over ranks) ->
-// update_loss_scale -> adamw.  What changes from step to step is read from the device: the state, and the
-// host's `normaliser` (1) and `factors` (K), fp32, uploaded before the step.
+// Order:  gradients reduced, to equal bits on every rank -> gradient_statistics -> update_loss_scale ->
+// adamw.  What changes from step to step is read from the device: the state, and the host's `normaliser` (1)
+// and `factors` (K), fp32, uploaded before the step.
 //
 //   loss_seeds            seeds_i = state.loss_scale * factors_i: what the backward of each loss starts from
 //   gradient_statistics   norm^2 = sum (multiplier * g)^2 over trainable segments, fp64 in fixed order;
-//   counts
-//                         non-finite elements and records the first segment that holds one.
+//                         counts non-finite elements and records the first segment that holds one.
 //                         multiplier = normaliser / loss_scale; the scale is kept in
 //                         state.gradient_scale for adamw.
 //   update_loss_scale     the state machine of dynamic loss scaling; sets state.skip.
@@ -83,7 +82,7 @@ struct OptimizerState {
   int32_t consecutive_skips = 0;
   int64_t skipped = 0;  // all skipped steps so far
   // Of the current step:
-  int32_t nonfinite = 0;         // MAX-agreed over ranks between the two kernels
+  int32_t nonfinite = 0;
   int32_t first_nonfinite = -1;  // segment index on this rank, -1 if none
   int32_t skip = 0;
   float gradient_norm = 0.0f;  // unscaled, before clipping; infinite when nonfinite

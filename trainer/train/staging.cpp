@@ -90,7 +90,7 @@ StepNumbers cut_numbers(BlockCutter& block, int64_t losses, int ranks) {
   numbers.loss_sums = block.take(DType::f64, {losses});
   numbers.factors = block.take(DType::f32, {losses});
   numbers.normaliser = block.take(DType::f32, {1});
-  numbers.agreed = block.take(DType::i32, {2 + 2 * int64_t{ranks}});
+  numbers.agreed = block.take(DType::i32, {1 + 2 * int64_t{ranks}});
   return numbers;
 }
 

@@ -69,9 +69,8 @@ struct StepNumbers {
   kernels::Tensor loss_sums;   // (losses) fp64, uploaded as 0; summed over ranks
   kernels::Tensor factors;     // (losses) fp32, of loss_seeds
   kernels::Tensor normaliser;  // (1) fp32
-  // (2 + 2 R) int32, MAX over ranks: non-finite values; whether to stop; for each rank the first tensor that
-  // is not finite after the reduction, or -1; for each rank its non-finite values before the reduction, where
-  // they are looked for
+  // (1 + 2 R) int32, MAX over ranks: whether to stop; for each rank the first tensor that is not finite after
+  // the reduction, or -1; for each rank its non-finite values before the reduction, where they are looked for
   kernels::Tensor agreed;
 };
 StepNumbers cut_numbers(BlockCutter& block, int64_t losses, int ranks);

@@ -172,8 +172,8 @@ void Stepper::upload_numbers(const data::StepPlan& plan, bool stop_requested) {
         static_cast<float>(static_cast<double>(reference_rows_) / std::max(plan.weight_sums[0], 1.0));
     int32_t* agreed = numbers.agreed.as<int32_t>();
     std::fill_n(agreed, numbers.agreed.numel(), 0);
-    agreed[1] = stop_requested ? 1 : 0;
-    std::fill_n(agreed + 2, ranks_.size(), -1);
+    agreed[0] = stop_requested ? 1 : 0;
+    std::fill_n(agreed + 1, ranks_.size(), -1);
   });
 }
 
@@ -244,7 +244,7 @@ void Stepper::finish_step(bool attribute) {
   };
   if (attribute) {
     kernels::gradient_statistics(ctx_, segments_, numbers_.normaliser, buffers);
-    report(2 + size + rank, offsetof(OptimizerState, nonfinite));
+    report(1 + size + rank, offsetof(OptimizerState, nonfinite));
   }
   reducer_->finish();
   const ParameterStore& store = model_.parameters();
@@ -254,15 +254,14 @@ void Stepper::finish_step(bool attribute) {
     ranks_.all_reduce(shard.sums, comm::Reduce::sum);
     kernels::gradient_norm(ctx_, numbers_.normaliser, shard);
   }
-  report(0, offsetof(OptimizerState, nonfinite));
-  report(2 + rank, offsetof(OptimizerState, first_nonfinite));
-
-  ranks_.all_reduce(numbers_.agreed, comm::Reduce::max);
-  ranks_.all_reduce(numbers_.loss_sums, comm::Reduce::sum);
-  kernels::copy_async(field(buffers.state, offsetof(OptimizerState, nonfinite)).data, numbers_.agreed.data,
-                      sizeof(int32_t), ctx_.device, ctx_.stream);
+  report(1 + rank, offsetof(OptimizerState, first_nonfinite));
+  // For the host alone: norm and non-finite count come of equal bits on every rank.
+  const auto agreed = ranks_.all_reduce_async(numbers_.agreed, comm::Reduce::max);
+  const auto losses = ranks_.all_reduce_async(numbers_.loss_sums, comm::Reduce::sum);
   kernels::update_loss_scale(ctx_, loss_scale_rules(config_), buffers);
   update(shard);
+  agreed->wait();
+  losses->wait();
 }
 
 void Stepper::update(kernels::OptimizerBuffers& shard) {
@@ -337,14 +336,14 @@ StepMetrics Stepper::collect() {
   metrics.skipped_total = state_.skipped;
   metrics.consecutive_skips = state_.consecutive_skips;
   const std::span agreed(numbers.agreed.as<int32_t>(), static_cast<size_t>(numbers.agreed.numel()));
-  metrics.stop_requested = agreed[1] != 0;
+  metrics.stop_requested = agreed[0] != 0;
   const size_t size = static_cast<size_t>(ranks_.size());
   int32_t tensor = -1;
-  for (const int32_t found : agreed.subspan(2, size))
+  for (const int32_t found : agreed.subspan(1, size))
     if (found >= 0) tensor = tensor < 0 ? found : std::min(tensor, found);
   if (metrics.skipped && tensor >= 0)
     metrics.nonfinite_tensor = model_.parameters().parameters()[static_cast<size_t>(tensor)].name;
-  const auto before = agreed.subspan(2 + size, size);
+  const auto before = agreed.subspan(1 + size, size);
   const auto culprit = std::find_if(before.begin(), before.end(), [](int32_t n) { return n > 0; });
   if (flight.attribute && culprit != before.end())
     metrics.nonfinite_rank = static_cast<int>(culprit - before.begin());
