@@ -88,18 +88,31 @@ struct Outputs {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) residual_[i] = from_[i] ? *from_[i] : T(0.0f);
   }
-  __device__ __forceinline__ void write(const RowsCall& a, int i, float sum) const {
-    if (!to_[i]) return;
-    sum += to_float(bias_[i]);
-    if (a.gelu) sum = gelu_of<T>(sum);
-    if constexpr (!kNorm) sum += to_float(residual_[i]);
+  // All at once, so that one need not wait for another.
+  __device__ __forceinline__ void write(const RowsCall& a, float (&sum)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] += to_float(bias_[i]);
+    if (a.gelu)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum[i] = gelu_of<T>(sum[i]);
+    if constexpr (!kNorm)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum[i] += to_float(residual_[i]);
     if (a.y_fp32)
-      *reinterpret_cast<float*>(to_[i]) = sum;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) store(to_[i], sum[i]);
     else
-      *reinterpret_cast<T*>(to_[i]) = from_float<T>(sum);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) store(to_[i], from_float<T>(sum[i]));
   }
 
  private:
+  template <typename Y>
+  static __device__ __forceinline__ void store(char* to, Y y) {
+    __builtin_assume(__isGlobal(to));
+    if (to) *reinterpret_cast<Y*>(to) = y;
+  }
+
   T bias_[kCount], residual_[kCount];
   const T* from_[kCount];
   char* to_[kCount];
@@ -142,7 +155,8 @@ class Ending {
     }
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i)
-      if (Share::is_line(Share::own(i))) outputs.write(a, i, of(i, sum[i]));
+      if (Share::is_line(Share::own(i))) sum[i] = of(i, sum[i]);
+    outputs.write(a, sum);
   }
   // Until the next round may begin.
   __device__ __forceinline__ void next_round() {
@@ -249,16 +263,15 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   norm.share_shifts(product, warp, lane, shared);
   wait_for_previous();
   product.load_x(a, way, all, warp, lane);
+  norm(a, product, way.tiles, warp, lane, shared);
   for (int round = 0;; ++round) {
-    if (round == 0) {
-      norm(a, product, way.tiles, warp, lane, shared);
-    } else {
+    if (round > 0) {
       norm.share_shifts(product, warp, lane, shared);
       __syncthreads();
     }
-    norm.add_shifts(shared);
     product.clear();
     product.multiply(a, all, warp);
+    norm.add_shifts(shared);
     if (panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);

@@ -77,11 +77,13 @@ struct Exchange {
     while (!there)
       asm volatile(
           "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n\t"
           "selp.u32 %0, 1, 0, p;\n\t}"
           : "=r"(there)
           : "r"(shared_address(&arrived)), "r"(round & 1)
           : "memory");
+    // Of other blocks' stores to shared memory; global memory is another matter, and would cost more.
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 #endif
   }
   // This lane's sum of an own line: the blocks' in order.

@@ -12,24 +12,35 @@
 
 namespace kernels::cuda {
 
-// What a norm puts moments together with: 1 / this warp's inputs, and the inputs of the two warps whose
-// moments this lane reads. Computed ahead of waiting.
+// What a norm puts moments together with: 1 / this warp's inputs, and the inputs of the warps whose moments
+// this lane reads. A lane has one row, which it shares with the lanes next to it. Computed ahead of waiting.
+template <int kColumns>
 struct NormShares {
-  static constexpr int kApart = kWarps / 2;
-  float own, low, high;
+  static constexpr int kApart = kWarps / 2, kLanes = 4 / kColumns;
+  float own, low[kColumns], high[kColumns];
   __device__ void compute(const RowsCall& a, int warp, int lane) {
     own = __fdividef(1.0f, static_cast<float>(max(a.columns_of(warp), 1)));
-    low = static_cast<float>(a.columns_of(lane % 4));
-    high = static_cast<float>(a.columns_of(lane % 4 + kApart));
-    asm volatile("" : "+f"(own), "+f"(low), "+f"(high));  // here, and not where they are used
+    asm volatile("" : "+f"(own));  // here, and not where it is used
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      low[i] = static_cast<float>(a.columns_of(first(lane) + i));
+      high[i] = static_cast<float>(a.columns_of(first(lane) + i + kApart));
+      asm volatile("" : "+f"(low[i]), "+f"(high[i]));
+    }
+  }
+  static __device__ __forceinline__ int row(int lane) { return lane / kLanes; }
+  // Of the warps first..first + kColumns, and those kApart further on.
+  static __device__ __forceinline__ int first(int lane) { return lane % kLanes * kColumns; }
+  // Over the lanes of a row; added in one order, whatever the number of columns.
+  static __device__ __forceinline__ float sum(const float (&x)[kColumns]) {
+    float all = x[0];
+#pragma unroll
+    for (int i = 1; i < kColumns; ++i) all += x[i];
+#pragma unroll
+    for (int other = 1; other < kLanes; other *= 2) all += __shfl_xor_sync(0xffffffffu, all, other);
+    return all;
   }
 };
-
-// Sum over the four lanes that share a row of x.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // Pairs of 16-bit numbers in a register.
 template <typename T>
@@ -43,7 +54,13 @@ struct Pairs {
     return bits(p);
   }
   static __device__ __forceinline__ uint32_t both(float x) { return both(from_float<T>(x)); }
+  static __device__ __forceinline__ uint32_t both(T low, T high) {
+    Pair p;
+    p.x = low, p.y = high;
+    return bits(p);
+  }
   static __device__ __forceinline__ T low(uint32_t x) { return pair(x).x; }
+  static __device__ __forceinline__ T high(uint32_t x) { return pair(x).y; }
   static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     return bits(__hfma2(pair(a), pair(b), pair(c)));
   }
@@ -130,37 +147,20 @@ class RowsNorm {
                                              int lane, Shared& shared) const {
     share_moments(a, product, tiles, warp, lane, shared);
     __syncthreads();
-    float2 moments[kColumns][2], rows[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        moments[c][i] = shared.moments[lane % 4 + i * NormShares::kApart][c * 8 + lane / 4];
+    const uint32_t mine = combine(a, warp, lane, shared);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float2 m0 = moments[c][0], m1 = moments[c][1];
-      const float mean = __fmul_rn(quad_sum(fmaf(shares_.high, m1.x, __fmul_rn(shares_.low, m0.x))), a.share);
-      const float d0 = m0.x - mean, d1 = m1.x - mean;
-      const float squares =
-          fmaf(__fmul_rn(shares_.low, d0), d0, m0.y) + fmaf(__fmul_rn(shares_.high, d1), d1, m1.y);
-      const float r = rsqrtf(fmaf(quad_sum(squares), a.share, a.eps));
-      const uint32_t s = scale(r, mean);
-      const float scaled = __fmul_rn(mean, __uint_as_float(s));
-      const T m = from_float<T>(scaled);
-      const float inverse = __uint_as_float((254u << 23) - s);  // 1 / s
-      rows[c] = {__fmul_rn(r, inverse), scaled - to_float(m)};
-      const uint32_t times = P::both(__uint_as_float(s)), minus = P::both(-to_float(m));
+      const uint32_t of_row = __shfl_sync(0xffffffffu, mine, (c * 8 + lane / 4) * Shares::kLanes);
+      const uint32_t times = P::both(P::low(of_row)), minus = P::both(P::high(of_row));
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i)
         product.x[i][c] = P::mul(P::fma(product.x[i][c], times, minus), gain_[i]);
     }
-    if (warp == 0 && lane % 4 == 0)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) shared.rows[c * 8 + lane / 4] = rows[c];
   }
 
  private:
   using P = Pairs<T>;
+  using Shares = NormShares<kColumns>;
 
   static __device__ __forceinline__ uint4 load_vector(const T* p, int column) {
     return *reinterpret_cast<const uint4*>(p + column);
@@ -171,6 +171,35 @@ class RowsNorm {
     const auto power = [](float x) { return __float_as_uint(x) & (255u << 23); };
     const uint32_t most = min(kOne + kMost, 2 * kOne + kMost - power(mean));
     return max(min(power(r), most), kOne - kMost);
+  }
+
+  // Of this lane's row: s and -m in x's type.
+  __device__ __forceinline__ uint32_t combine(const RowsCall& a, int warp, int lane, Shared& shared) const {
+    const int row = Shares::row(lane), first = Shares::first(lane);
+    float2 low[kColumns], high[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      low[i] = shared.moments[first + i][row];
+      high[i] = shared.moments[first + i + Shares::kApart][row];
+    }
+    float sums[kColumns], squares[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      sums[i] = fmaf(shares_.high[i], high[i].x, __fmul_rn(shares_.low[i], low[i].x));
+    const float mean = __fmul_rn(Shares::sum(sums), a.share);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float d0 = low[i].x - mean, d1 = high[i].x - mean;
+      squares[i] = fmaf(__fmul_rn(shares_.low[i], d0), d0, low[i].y) +
+                   fmaf(__fmul_rn(shares_.high[i], d1), d1, high[i].y);
+    }
+    const float r = rsqrtf(fmaf(Shares::sum(squares), a.share, a.eps));
+    const uint32_t s = scale(r, mean);
+    const float scaled = __fmul_rn(mean, __uint_as_float(s));
+    const T m = from_float<T>(scaled);
+    const float inverse = __uint_as_float((254u << 23) - s);  // 1 / s
+    if (warp == 0 && first == 0) shared.rows[row] = {__fmul_rn(r, inverse), scaled - to_float(m)};
+    return P::both(from_float<T>(__uint_as_float(s)), from_float<T>(-to_float(m)));
   }
 
   __device__ __forceinline__ void share_moments(const RowsCall& a, const Product& product, int tiles,
@@ -190,8 +219,10 @@ class RowsNorm {
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
       uint4 d[2] = {};
+      uint32_t within = i < tiles ? ~0u : 0;
+      asm volatile("" : "+r"(within));  // no branches
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) d[c] = P::fma(product.x[i][c], half, i < tiles ? minus[c] : 0);
+      for (int c = 0; c < kColumns; ++c) d[c] = P::fma(product.x[i][c], half, minus[c] & within);
       const uint4 low{d[0].x, d[1].x, d[0].y, d[1].y}, high{d[0].z, d[1].z, d[0].w, d[1].w};
       matrix_multiply_add<T>(sums[0], low, ones, ones);
       matrix_multiply_add<T>(sums[1], high, ones, ones);
@@ -216,7 +247,7 @@ class RowsNorm {
     }
   }
 
-  NormShares shares_;
+  Shares shares_;
   uint4 gain_[kWarpTiles], side_[kWarpTiles];
 };
 
