@@ -338,7 +338,7 @@ int blocks_for(int64_t count, int most, int elements) {
   return static_cast<int>(std::clamp<int64_t>((count + per_block - 1) / per_block, 1, most));
 }
 
-void update_part(const Context& ctx, const Update& u, const OptimizerBuffers& buffers) {
+void update(const Context& ctx, const Update& u, const OptimizerBuffers& buffers) {
   const Tensor* all[] = {&buffers.gradients, &buffers.master, &buffers.m, &buffers.v, &buffers.weights};
   const bool wide = std::all_of(std::begin(all), std::end(all), [](const Tensor* t) {
     return reinterpret_cast<uintptr_t>(t->data) % 16 == 0;
@@ -422,10 +422,17 @@ void adamw(const Context& ctx, std::span<const Segment> segments, const Tensor& 
                                               static_cast<cpu::AdamWFactors*>(factors.data));
   check_launch("adamw");
   const int64_t own = buffers.master.numel(), step = parts.elements > 0 ? parts.elements : own;
-  for (; u.first < own; u.first = u.last) {
-    u.last = std::min(own, u.first + step);
-    update_part(ctx, u, buffers);
-    if (parts.updated) parts.updated(u.first, u.last);
+  // A part begins with a short kernel: what follows the part ahead in another stream, such as an exchange,
+  // finds multiprocessors when that ends, and not only when all of the part does.
+  const int64_t lead = parts.updated ? (step / 8 / Places::kTogether + 1) * Places::kTogether : 0;
+  for (int64_t first = 0; first < own; first += step) {
+    const int64_t last = std::min(own, first + step);
+    for (const int64_t end : {std::min(last, first + lead), last}) {
+      u.last = end;
+      if (u.first < u.last) update(ctx, u, buffers);
+      u.first = end;
+    }
+    if (parts.updated) parts.updated(first, last);
   }
 }
 

@@ -221,11 +221,13 @@ TEST_F(CudaOptimizer, ShardsMoveLikeTheWhole) {
       for (const auto& shard : shards) {
         model.put(start);
         shard->sums.set(total);
+        int updates = 0;
         kernels::gradient_norm(model.ctx, model.normaliser, shard->buffers);
         kernels::update_loss_scale(model.ctx, {}, shard->buffers);
         kernels::adamw(model.ctx, shard->own(segments), model.normaliser, params, shard->buffers,
-                       {.elements = 5 * shard->shard.piece});
+                       {.elements = 5 * shard->shard.piece, .updated = [&](int64_t, int64_t) { ++updates; }});
         kernels::synchronize(kGpu, stream_->get());
+        EXPECT_GT(updates, 10);
         const OptimizerState now = model.now();
         EXPECT_EQ(now.skip, !finite);
         EXPECT_EQ(now.updates, whole.now().updates);
