@@ -17,13 +17,10 @@ namespace kernels::cuda {
 namespace {
 
 constexpr int kMostStages = 4, kMostShift = 3;
-// The kernels around have blocks beside this kernel's. Where those are few (kAlone), it has one for a
-// multiprocessor: of two both would be late, and the next kernel would find no room there. Large heads take
-// all registers.
-template <int D, bool kAlone>
-constexpr int kRegisters = D == 128 ? 248
-                           : kAlone ? kAloneRegisters
-                                    : 128;
+// Blocks that the registers of a multiprocessor are to have room for: the kernels around have blocks there
+// too.
+template <int D>
+constexpr int kResident = D == 128 ? 1 : 2;
 
 // A chunk in shared memory: its places, 0 where there is no chunk, and this lane's rows of each step.
 struct Chunk {
@@ -274,9 +271,8 @@ __device__ __forceinline__ void take_rounds(const Tiles<T>& p, const Tile& t, ui
   if (p.shift > 0) cluster_leave();
 }
 
-template <typename T, int D, bool kAlone>
-__global__ void __maxnreg__((kRegisters<D, kAlone>)) softmax_decode_kernel(const Tiles<T> p) {
-  if constexpr (kAlone) take_registers<kRegisters<D, kAlone>>();
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads, kResident<D>) softmax_decode_kernel(const Tiles<T> p) {
   let_next_start();
   const Tile t = tile_of(p);
   if (t.rows <= 0) return;
@@ -312,7 +308,7 @@ struct Grid {
 bool shares_tiles() {
   static const bool compiled = [] {
     cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, softmax_decode_kernel<__half, 64, false>),
+    check(cudaFuncGetAttributes(&attributes, softmax_decode_kernel<__half, 64>),
           "reading a kernel's properties");
     return attributes.ptxVersion >= 90;
   }();
@@ -349,17 +345,16 @@ Grid grid_of(int64_t group, int64_t rows, int64_t capacity, int64_t width, int64
 }
 
 template <typename T, int D>
-void launch_tiles(const Context& ctx, Tiles<T> p, const Grid& g, int64_t rows) {
+void launch_tiles(const Context& ctx, Tiles<T> p, const Grid& g) {
   constexpr const char* kName = "softmax_attention_decode";
-  const dim3 grid(static_cast<unsigned>(g.tiles << g.shift),
-                  static_cast<unsigned>(p.step.sequences * p.step.key_heads));
-  const bool alone = rows > 8 && grid.x * grid.y <= static_cast<unsigned>(multiprocessors());
-  const auto kernel = alone ? softmax_decode_kernel<T, D, (D < 128)> : softmax_decode_kernel<T, D, false>;
+  const auto kernel = softmax_decode_kernel<T, D>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.at.bytes), kName);
   for (int i = 0; i < kAhead; ++i) {
     const int place = std::min(i, (g.stages << g.shift) - 1);
     p.rank[i] = place & ((1 << g.shift) - 1), p.ahead[i] = (place >> g.shift) * kStageBytes<D>;
   }
+  const dim3 grid(static_cast<unsigned>(g.tiles << g.shift),
+                  static_cast<unsigned>(p.step.sequences * p.step.key_heads));
   launch(ctx, kName,
          {.grid = grid,
           .block = dim3(kThreads),
@@ -382,9 +377,9 @@ void run(const Context& ctx, const DecodeCall& call, const Grid& g) {
                    .at = g.at,
                    .rank = {},
                    .ahead = {}};
-  if (p.step.width == 32) return launch_tiles<T, 32>(ctx, p, g, call.q.rows());
-  if (p.step.width == 64) return launch_tiles<T, 64>(ctx, p, g, call.q.rows());
-  launch_tiles<T, 128>(ctx, p, g, call.q.rows());
+  if (p.step.width == 32) return launch_tiles<T, 32>(ctx, p, g);
+  if (p.step.width == 64) return launch_tiles<T, 64>(ctx, p, g);
+  launch_tiles<T, 128>(ctx, p, g);
 }
 
 // Whatever the number of rows: results must not depend on it.

@@ -19,11 +19,7 @@
 //
 // Kernels of a decoding step follow one another closely and start early. So that the weights of the next one
 // arrive while this one works, both must find room: beyond 8 rows a kernel has one block for a multiprocessor
-// and takes half of its registers and about half of its shared memory. Two blocks of one kernel on a
-// multiprocessor would take longest, and leave no room for the next kernel's: so kernels take in turn a
-// little more than half of the shared memory (norm, output projection) and of the registers (attention, norm
-// with gelu). The down projection, ahead of which all multiprocessors have a block, takes no more than it
-// needs.
+// and takes half of its registers and about half of its shared memory.
 #include <algorithm>
 
 #include "kernels/cuda/device/cluster.cuh"
@@ -187,14 +183,12 @@ class Ending {
 // Blocks of a multiprocessor: as many as registers leave room for.
 template <int kColumns, Input kInput>
 inline constexpr int kResident = kColumns == 1 && kInput != Input::norm ? 3 : 2;
-template <int kColumns, Input kInput>
-inline constexpr int kRegisters = kResident<kColumns, kInput> == 3 ? 80 : kHalfRegisters;
 
 // A block has kSide panels at a time, against at most kColumns * 8 rows of x: it reads (and normalises) them
 // once for all its panels. What does not need the kernel ahead is done before waiting for it; then x is the
 // first to be asked for.
 template <typename T, int kColumns, int kSide, Input kInput>
-__global__ void __maxnreg__((kRegisters<kColumns, kInput>)) rows_kernel(const RowsCall a) {
+__global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_kernel(const RowsCall a) {
   using Share = Outputs<T, kColumns, kSide, false>;
   using End = Ending<kColumns, Share>;
   using Product = WarpProduct<T, kColumns, kSide, kInput != Input::elements>;
@@ -244,11 +238,8 @@ __global__ void __maxnreg__((kRegisters<kColumns, kInput>)) rows_kernel(const Ro
 }
 
 // The same of a norm of x. A block has all inputs.
-template <typename T, int kColumns, int kSide, bool kAlone>
-__global__ void __maxnreg__(kAlone      ? kAloneRegisters
-                            : kSide > 1 ? kHalfRegisters
-                                        : 128) norm_rows_kernel(const RowsCall a) {
-  if constexpr (kAlone) take_registers<kAloneRegisters>();
+template <typename T, int kColumns, int kSide>
+__global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a) {
   using Share = Outputs<T, kColumns, kSide, true>;
   using End = Ending<kColumns, Share>;
   using Norm = RowsNorm<T, kColumns, kSide>;
@@ -337,22 +328,18 @@ unsigned alone_shared(void (*kernel)(Parameters...)) {
 
 template <typename T, int kColumns, int kSide, Input kInput>
 void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int places) {
-  constexpr bool kNorm = kInput == Input::norm, kSeveral = kSide > 1;
-  const bool one_place = kColumns > 1 && kInput != Input::elements && sizeof(T) == 2 && grid.groups <= 2;
-  const bool registers = kNorm && kSeveral && one_place && a.gelu;
-  const auto kernel = [&] {
-    if constexpr (kNorm)
-      return registers ? norm_rows_kernel<T, kColumns, kSide, kSeveral>
-                       : norm_rows_kernel<T, kColumns, kSide, false>;
+  const auto kernel = [] {
+    if constexpr (kInput == Input::norm)
+      return norm_rows_kernel<T, kColumns, kSide>;
     else
       return rows_kernel<T, kColumns, kSide, kInput>;
   }();
   unsigned shared = WarpWeights<T, kSide>::kSharedBytes;
-  if (one_place && !registers && kNorm == kSeveral && grid.cluster == 1)
-    shared = std::max(shared, alone_shared(kernel));
-  if (shared > 0)
+  if constexpr (kSide > 1) {
+    if (kInput == Input::norm && grid.groups <= 2) shared = std::max(shared, alone_shared(kernel));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
           "linear");
+  }
   const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
          {.grid = dim3(static_cast<unsigned>(across * grid.cluster), static_cast<unsigned>(grid.groups)),

@@ -110,16 +110,4 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Two blocks of 256 threads with so many registers a thread do not fit on a multiprocessor; one fits beside
-// one with kHalfRegisters.
-inline constexpr int kAloneRegisters = 136, kHalfRegisters = 120;
-
-// A kernel that may have kCount registers at most has them all, needed or not.
-template <int kCount>
-__device__ __forceinline__ void take_registers() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-#endif
-}
-
 }  // namespace kernels::cuda
