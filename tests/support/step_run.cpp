@@ -37,13 +37,13 @@ void write_random_tokens(const fs::path& folder, int64_t vocabulary, int64_t doc
 }
 
 StepRun::StepRun(const configs::Config& config, int64_t vocabulary, const kernels::Context& ctx,
-                 std::optional<size_t> late)
+                 std::optional<size_t> late, std::unique_ptr<comm::Communicator> ranks)
     : config_(config),
       dataset_(config.data.path, "train", config.model.context),
       model_(config_, vocabulary),
       loader_(dataset_, {static_cast<uint64_t>(config.train.seed), config.train.batch,
                          config.train.micro_batch, config.model.context, model_.offsets()}),
-      ranks_(comm::make_local_communicator()) {
+      ranks_(std::move(ranks)) {
   model_.parameters().allocate(ctx.device, trainer::compute_dtype(config), true);
   model_.parameters().initialize(ctx, static_cast<uint64_t>(config.train.seed));
   stepper_ = std::make_unique<trainer::Stepper>(config_, model_, loader_, *ranks_, ctx, late);

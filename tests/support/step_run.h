@@ -22,7 +22,8 @@ class StepRun {
  public:
   // Trains on config.data.path. The context's stream must outlive this.
   StepRun(const configs::Config& config, int64_t vocabulary, const kernels::Context& ctx,
-          std::optional<size_t> late = {});
+          std::optional<size_t> late = {},
+          std::unique_ptr<comm::Communicator> ranks = comm::make_local_communicator());
   // Makes steps and waits for them.
   std::vector<trainer::StepMetrics> steps(int count);
   trainer::Stepper& stepper() { return *stepper_; }

@@ -115,6 +115,43 @@ TEST_F(Step, OverflowIsNamedByTensorAndRankAlsoWhenReadLate) {
   }
 }
 
+// One rank whose exchanges can be made to fail, as a GPU's do: the calls return, a later poll() tells.
+class FailingRanks final : public comm::Communicator {
+ public:
+  explicit FailingRanks(const bool& failed) : failed_(failed) {}
+  int rank() const override { return one_->rank(); }
+  int size() const override { return one_->size(); }
+  void all_reduce(kernels::Tensor t, comm::Reduce op) override { one_->all_reduce(t, op); }
+  std::unique_ptr<comm::Request> all_reduce_async(kernels::Tensor t, comm::Reduce op) override {
+    return one_->all_reduce_async(t, op);
+  }
+  std::unique_ptr<comm::Request> reduce_scatter_async(kernels::Tensor t, comm::Reduce op) override {
+    return one_->reduce_scatter_async(t, op);
+  }
+  void broadcast(kernels::Tensor t, int root) override { one_->broadcast(t, root); }
+  void transfer(kernels::Tensor t, int from, int to) override { one_->transfer(t, from, to); }
+  std::unique_ptr<comm::Request> all_gather_async(kernels::Tensor t) override {
+    return one_->all_gather_async(t);
+  }
+  void barrier() override {}
+  void poll() override {
+    if (failed_) throw comm::CommTimeout("rank 0: given up");
+  }
+
+ private:
+  std::unique_ptr<comm::Communicator> one_ = comm::make_local_communicator();
+  const bool& failed_;
+};
+
+TEST_F(Step, WhatLandsAfterAFailedExchangeIsNoResult) {
+  bool failed = false;
+  StepRun run(config(), kVocabulary, {}, 1, std::make_unique<FailingRanks>(failed));
+  EXPECT_FALSE(run.stepper().run(false));
+  EXPECT_TRUE(run.stepper().run(false));
+  failed = true;
+  EXPECT_THROW(run.stepper().flush(), comm::CommTimeout);
+}
+
 TEST_F(Step, MemoryIsTakenOnce) {
   StepRun run(config(), kVocabulary, {});
   const auto sizes = [&] {

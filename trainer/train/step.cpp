@@ -317,6 +317,7 @@ StepMetrics Stepper::collect() {
   Flight& flight = *in_flight_.front();
   in_flight_.pop_front();
   wait_for(flight.landed, [&] { reducer_->progress(); });
+  ranks_.poll();  // an exchange that was given up ends, too, and leaves anything in what landed
   char* memory = static_cast<char*>(flight.memory.data());
   std::memcpy(&state_, memory, sizeof(state_));
   BlockCutter cutter(memory + kStateBytes);
