@@ -56,6 +56,11 @@ struct Transfers {
   std::vector<MPI_Request> requests;
   std::vector<int> peers;
   std::vector<bool> receives;
+  MPI_Request* add(int peer, bool receive) {
+    peers.push_back(peer);
+    receives.push_back(receive);
+    return &requests.emplace_back(MPI_REQUEST_NULL);
+  }
   void clear() {
     requests.clear();
     peers.clear();
@@ -74,23 +79,34 @@ Share part_of_stripes(const Tensor& t, int rank) {
   return {rank * t.dim(2), t.dim(2), t.dim(1) * t.dim(2), t.dim(0)};
 }
 
-// A share of a tensor as MPI sends and receives it.
-class ShareType {
+// What is sent or received at once: bytes, or a share of a tensor.
+class Message {
  public:
-  ShareType(const Share& share, int64_t element_size) {
-    const auto bytes = [&](int64_t n) { return static_cast<int>(n * element_size); };
-    check(MPI_Type_vector(static_cast<int>(share.count), bytes(share.length), bytes(share.stride), MPI_BYTE,
-                          &type_),
+  Message(const void* data, size_t bytes) : data_(const_cast<void*>(data)), count_(static_cast<int>(bytes)) {}
+  Message(const Tensor& t, const Share& share) {
+    const auto element = static_cast<int64_t>(kernels::size_of(t.dtype));
+    const auto bytes = [&](int64_t n) { return static_cast<int>(n * element); };
+    data_ = static_cast<char*>(t.data) + share.first * element;
+    count_ = bytes(share.length);
+    if (share.count == 1) return;
+    check(MPI_Type_vector(static_cast<int>(share.count), count_, bytes(share.stride), MPI_BYTE, &type_),
           "MPI_Type_vector");
     check(MPI_Type_commit(&type_), "MPI_Type_commit");
+    count_ = 1;
   }
-  ~ShareType() { MPI_Type_free(&type_); }
-  ShareType(const ShareType&) = delete;
-  ShareType& operator=(const ShareType&) = delete;
-  MPI_Datatype get() const { return type_; }
+  ~Message() {
+    if (type_ != MPI_BYTE) MPI_Type_free(&type_);  // MPI keeps what a transfer needs of it
+  }
+  Message(const Message&) = delete;
+  Message& operator=(const Message&) = delete;
+  void* data() const { return data_; }
+  int count() const { return count_; }
+  MPI_Datatype type() const { return type_; }
 
  private:
-  MPI_Datatype type_ = MPI_DATATYPE_NULL;
+  void* data_;
+  int count_;
+  MPI_Datatype type_ = MPI_BYTE;
 };
 
 class Reduction;
@@ -110,11 +126,8 @@ class World final : public MpiGroup {
   std::unique_ptr<Request> all_gather_async(Tensor t) override;
   void barrier() override;
 
-  void send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank);
-  void receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank);
-  // A share of call.tensor. MPI keeps what it needs of the type.
-  void send(Transfers& to, const Call& call, int phase, const Share& share, int rank);
-  void receive(Transfers& to, const Call& call, int phase, const Share& share, int rank);
+  void send(Transfers& to, const Call& call, int phase, const Message& message, int rank);
+  void receive(Transfers& to, const Call& call, int phase, const Message& message, int rank);
   bool complete(Transfers& transfers);
   // Returns when done() is true; meanwhile every reduction in flight moves on, so that peers that wait for
   // one of those are served.
@@ -210,44 +223,15 @@ Call World::begin(const char* name, const Tensor& tensor, int detail) {
   return call;
 }
 
-void World::send(Transfers& to, const Call& call, int phase, const void* data, size_t bytes, int rank) {
-  to.peers.push_back(rank);
-  to.receives.push_back(false);
-  checked(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
-                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
+void World::send(Transfers& to, const Call& call, int phase, const Message& message, int rank) {
+  checked(MPI_Isend(message.data(), message.count(), message.type(), rank, call.tag(phase), comm_,
+                    to.add(rank, false)),
           "MPI_Isend");
 }
 
-void World::receive(Transfers& to, const Call& call, int phase, void* data, size_t bytes, int rank) {
-  to.peers.push_back(rank);
-  to.receives.push_back(true);
-  checked(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, rank, call.tag(phase), comm_,
-                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
-          "MPI_Irecv");
-}
-
-void World::send(Transfers& to, const Call& call, int phase, const Share& share, int rank) {
-  const auto element = static_cast<int64_t>(kernels::size_of(call.tensor.dtype));
-  const char* data = static_cast<const char*>(call.tensor.data) + share.first * element;
-  if (share.count == 1) return send(to, call, phase, data, static_cast<size_t>(share.length * element), rank);
-  const ShareType type(share, element);
-  to.peers.push_back(rank);
-  to.receives.push_back(false);
-  checked(MPI_Isend(data, 1, type.get(), rank, call.tag(phase), comm_,
-                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
-          "MPI_Isend");
-}
-
-void World::receive(Transfers& to, const Call& call, int phase, const Share& share, int rank) {
-  const auto element = static_cast<int64_t>(kernels::size_of(call.tensor.dtype));
-  char* data = static_cast<char*>(call.tensor.data) + share.first * element;
-  if (share.count == 1)
-    return receive(to, call, phase, data, static_cast<size_t>(share.length * element), rank);
-  const ShareType type(share, element);
-  to.peers.push_back(rank);
-  to.receives.push_back(true);
-  checked(MPI_Irecv(data, 1, type.get(), rank, call.tag(phase), comm_,
-                    &to.requests.emplace_back(MPI_REQUEST_NULL)),
+void World::receive(Transfers& to, const Call& call, int phase, const Message& message, int rank) {
+  checked(MPI_Irecv(message.data(), message.count(), message.type(), rank, call.tag(phase), comm_,
+                    to.add(rank, true)),
           "MPI_Irecv");
 }
 
@@ -355,9 +339,9 @@ void Reduction::exchange() {
   if (staging_.size() < needed) staging_.resize(needed);
   for (int r = 0; r < world_.size(); ++r)
     if (r != world_.rank())
-      world_.receive(transfers_, call_, 0, staging_.data() + mine * static_cast<size_t>(r), mine, r);
+      world_.receive(transfers_, call_, 0, {staging_.data() + mine * static_cast<size_t>(r), mine}, r);
   for (int r = 0; r < world_.size(); ++r)
-    if (r != world_.rank()) world_.send(transfers_, call_, 0, share(r), r);
+    if (r != world_.rank()) world_.send(transfers_, call_, 0, {t_, share(r)}, r);
 }
 
 void Reduction::sum() {
@@ -376,8 +360,8 @@ void Reduction::sum() {
 void Reduction::spread() {
   for (int r = 0; r < world_.size(); ++r) {
     if (r == world_.rank()) continue;
-    world_.receive(transfers_, call_, 1, share(r), r);
-    world_.send(transfers_, call_, 1, share(world_.rank()), r);
+    world_.receive(transfers_, call_, 1, {t_, share(r)}, r);
+    world_.send(transfers_, call_, 1, {t_, share(world_.rank())}, r);
   }
 }
 
@@ -402,22 +386,24 @@ void Reduction::wait() {
   if (phase_ != 2) world_.wait_until([&] { return phase_ == 2; }, call_, transfers_);
 }
 
-void check_amount(const char* operation, const Tensor& t) {
+// bytes: of the largest message's extent.
+void check_amount(const char* operation, const Tensor& t, size_t bytes) {
   check_host_dense(operation, t);
   check_reducible(operation, t);
-  if (t.bytes() > static_cast<size_t>(std::numeric_limits<int>::max()))
+  if (bytes > static_cast<size_t>(std::numeric_limits<int>::max()))
     throw kernels::ShapeError(
         fmt::format("{}: {} is too much at once; reduce it in buckets below 2 GiB", operation, to_string(t)));
 }
 
 std::unique_ptr<Request> World::all_reduce_async(Tensor t, Reduce op) {
-  check_amount("all_reduce", t);
+  check_amount("all_reduce", t, t.bytes());
   return std::make_unique<Reduction>(*this, begin("all_reduce", t, static_cast<int>(op)), op, false);
 }
 
 std::unique_ptr<Request> World::reduce_scatter_async(Tensor t, Reduce op) {
   check_stripes("reduce_scatter", t, size_);
-  check_amount("reduce_scatter", t);
+  // One part of one stripe lies in one piece, several lie apart.
+  check_amount("reduce_scatter", t, t.dim(0) == 1 ? t.bytes() / static_cast<size_t>(size_) : t.bytes());
   const int detail = 2 * static_cast<int>(t.dim(0)) + static_cast<int>(op);
   return std::make_unique<Reduction>(*this, begin("reduce_scatter", t, detail), op, true);
 }
@@ -451,11 +437,11 @@ void World::broadcast(Tensor t, int root) {
     const Call call = begin("broadcast", piece, root);
     Transfers transfers;
     if (self != 0) {
-      receive(transfers, call, 0, piece.data, piece.bytes(), rank_of(self & (self - 1)));
+      receive(transfers, call, 0, {piece.data, piece.bytes()}, rank_of(self & (self - 1)));
       wait(call, transfers);
     }
     for (int bit = 1; bit < lowest && self + bit < size_; bit *= 2)
-      send(transfers, call, 0, piece.data, piece.bytes(), rank_of(self + bit));
+      send(transfers, call, 0, {piece.data, piece.bytes()}, rank_of(self + bit));
     wait(call, transfers);
   });
 }
@@ -467,8 +453,8 @@ void World::transfer(Tensor t, int from, int to) {
   for_pieces(t, [&](const Tensor& piece) {
     const Call call = begin("transfer", piece, from * size_ + to);
     Transfers transfers;
-    if (from != to && rank_ == to) receive(transfers, call, 0, piece.data, piece.bytes(), from);
-    if (from != to && rank_ == from) send(transfers, call, 0, piece.data, piece.bytes(), to);
+    if (from != to && rank_ == to) receive(transfers, call, 0, {piece.data, piece.bytes()}, from);
+    if (from != to && rank_ == from) send(transfers, call, 0, {piece.data, piece.bytes()}, to);
     wait(call, transfers);
   });
 }
@@ -485,8 +471,8 @@ std::unique_ptr<Request> World::all_gather_async(Tensor t) {
     Transfers transfers;
     for (int r = 0; r < size_; ++r) {
       if (r == rank_) continue;
-      receive(transfers, call, 0, part_of_stripes(stripes, r), r);
-      send(transfers, call, 0, part_of_stripes(stripes, rank_), r);
+      receive(transfers, call, 0, {stripes, part_of_stripes(stripes, r)}, r);
+      send(transfers, call, 0, {stripes, part_of_stripes(stripes, rank_)}, r);
     }
     wait(call, transfers);
   }
@@ -498,8 +484,8 @@ void World::barrier() {
   Transfers transfers;
   for (int r = 0; r < size_; ++r) {
     if (r == rank_) continue;
-    receive(transfers, call, 0, nullptr, 0, r);
-    send(transfers, call, 0, nullptr, 0, r);
+    receive(transfers, call, 0, {nullptr, 0}, r);
+    send(transfers, call, 0, {nullptr, 0}, r);
   }
   wait(call, transfers);
 }
