@@ -168,7 +168,7 @@ struct CommConfig {
       "on "
       "every rank");
     v(bucket_mb, "bucket_mb", Range{0, 4096},
-      "gradients sent at once, in MiB; 0: 4 on CPU cores, 64 on GPUs");
+      "MiB of gradients, or of sharded weights, sent at once; 0: 4 on CPU cores, 64 on GPUs");
     v(deadline_seconds, "deadline_seconds", Range{1, 1e6},
       "longest wait for other ranks before the job is ended");
   }
