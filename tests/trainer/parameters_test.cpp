@@ -118,7 +118,7 @@ TEST(Parameters, FreezeKeepsTheNamedTrainable) {
 }
 
 TEST(Parameters, AShardHoldsItsPartOfTheOptimizersStateAndNoMore) {
-  const auto build = [](ParameterStore& store, trainer::Sharding sharding, bool rehearsal) {
+  const auto build = [](ParameterStore& store, kernels::Shard sharding, bool rehearsal) {
     store.add("embedding", {300, 40}, {Init::Kind::normal});
     store.add("gain", {41}, {Init::Kind::normal});
     store.add("matrix", {211, 64}, {Init::Kind::normal});

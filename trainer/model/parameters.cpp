@@ -52,27 +52,26 @@ Tensor ParameterStore::place(const char* segment, DType dtype, int64_t count, bo
 }
 
 void ParameterStore::allocate(kernels::Device device, DType compute, bool training, bool rehearsal,
-                              Sharding sharding) {
+                              kernels::Shard shard) {
   device_ = device;
   compute_ = compute;
-  sharding_ = sharding;
   memory_.clear();
   buffers_ = {};
-  shard_ = {.rank = sharding.rank,
-            .ranks = sharding.ranks,
-            .piece = sharded() ? kernels::optimizer_piece(elements_) : 0};
-  shard_elements_ =
+  shard_ = shard;
+  shard_.piece = sharded() ? kernels::optimizer_piece(elements_) : 0;
+  // The same on every rank, padding included.
+  const int64_t own =
       sharded() ? (elements_ + shard_.stripe() - 1) / shard_.stripe() * shard_.piece : elements_;
-  const int64_t padded = sharding.ranks * shard_elements_;
+  const int64_t padded = shard_.ranks * own;
   const DType main = kernels::main_dtype(compute);
   padded_weights_ = place("weights", compute, padded, rehearsal);
   buffers_.weights = padded_weights_.slice(0, elements_);
   if (!training) return;
-  buffers_.master = place("master", main, shard_elements_, rehearsal);
+  buffers_.master = place("master", main, own, rehearsal);
   padded_gradients_ = place("gradients", main, padded, rehearsal);
   buffers_.gradients = padded_gradients_.slice(0, elements_);
-  buffers_.m = place("m", main, shard_elements_, rehearsal);
-  buffers_.v = place("v", main, shard_elements_, rehearsal);
+  buffers_.m = place("m", main, own, rehearsal);
+  buffers_.v = place("v", main, own, rehearsal);
   place_state(rehearsal);
 }
 
@@ -116,7 +115,7 @@ std::vector<HeldRun> ParameterStore::held_by(int rank, int id) const {
 
 void ParameterStore::put(const Tensor& flat, int id, const Tensor& values) {
   const Parameter& p = parameters_[static_cast<size_t>(id)];
-  for (const auto& [begin, end, own] : held_by(sharding_.rank, id)) {
+  for (const auto& [begin, end, own] : held_by(shard_.rank, id)) {
     const Tensor target = flat.slice(own, end - begin);
     const Tensor source = values.view({p.shape.numel()}).slice(begin - p.begin, end - begin);
     kernels::copy_bytes(target.data, device_, source.data, {}, target.bytes());

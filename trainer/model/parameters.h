@@ -36,12 +36,6 @@ struct Parameter {
   int64_t begin = 0;     // first element in the flat buffers
 };
 
-// Which part of the optimizer's state (master, m, v) this rank holds: shard `rank` of `ranks`; one shard is
-// all of it.
-struct Sharding {
-  int rank = 0, ranks = 1;
-};
-
 // Elements [begin, end) of the flat buffers, which a rank has from its own element `own` on.
 struct HeldRun {
   int64_t begin, end, own;
@@ -57,10 +51,11 @@ class ParameterStore {
 
   // weights (compute type) always; master, gradients, m, v and the optimizer's state only for training. Only
   // weights and master wait for values; the rest starts at zero. `rehearsal` measures: the tensors have
-  // addresses that must not be touched, nothing is allocated. Weights and gradients are whole on every rank,
-  // whatever the sharding.
+  // addresses that must not be touched, nothing is allocated. `shard` says which rank of how many holds its
+  // part of the optimizer's state here (the pieces are the store's choice); weights and gradients are whole
+  // on every rank.
   void allocate(kernels::Device device, DType compute, bool training, bool rehearsal = false,
-                Sharding sharding = {});
+                kernels::Shard shard = {});
   // Random initial values keyed by (seed, parameter name, element): independent of ranks and of other
   // parameters.
   void initialize(const Context& ctx, uint64_t seed);
@@ -103,10 +98,9 @@ class ParameterStore {
   // many as parameters, empty where it holds nothing).
   kernels::OptimizerBuffers shard() const;
   std::vector<kernels::Segment> shard_segments() const;
-  bool sharded() const { return sharding_.ranks > 1; }
-  const Sharding& sharding() const { return sharding_; }
-  int64_t shard_elements() const { return shard_elements_; }  // the same on every rank, padding included
-  int64_t stripe() const { return shard_.stripe(); }          // elements; 0 when not sharded
+  bool sharded() const { return shard_.ranks > 1; }
+  // Which pieces of the flat buffers this rank's optimizer has.
+  const kernels::Shard& sharding() const { return shard_; }
   // All gradients, padded to whole stripes.
   Tensor padded_gradients() const { return padded_gradients_; }
   // The stripes (n, ranks, piece) of all weights that have own elements [begin, end) of every rank.
@@ -125,9 +119,7 @@ class ParameterStore {
   int64_t elements_ = 0;
   DType compute_ = DType::f16;
   kernels::Device device_;
-  Sharding sharding_;
   kernels::Shard shard_;
-  int64_t shard_elements_ = 0;
   kernels::OptimizerBuffers buffers_;
   Tensor padded_weights_, padded_gradients_, sums_;
   std::vector<std::unique_ptr<kernels::Arena>> memory_;

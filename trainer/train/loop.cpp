@@ -63,8 +63,9 @@ class Job {
   // Memory, and the weights to begin with.
   void start() {
     from_ = checkpointing_.choose(options_.resume);
-    model_.parameters().allocate(ctx_.device, compute_dtype(config_), true, false,
-                                 config_.comm.zero > 0 ? Sharding{ranks_.rank(), ranks_.size()} : Sharding{});
+    model_.parameters().allocate(
+        ctx_.device, compute_dtype(config_), true, false,
+        config_.comm.zero > 0 ? kernels::Shard{ranks_.rank(), ranks_.size()} : kernels::Shard{});
     model_.parameters().initialize(ctx_, static_cast<uint64_t>(config_.train.seed));
     if (from_.empty() && !config_.train.init_from.empty()) take_initial_weights();
     stepper_ = std::make_unique<Stepper>(config_, model_, loader_, ranks_, ctx_);

@@ -58,9 +58,10 @@ size_t bucket_bytes(const configs::Config& config, kernels::Device device) {
 
 // Own elements of a shard whose updated weights are gathered while the next ones are computed.
 int64_t part_elements(const ParameterStore& store, size_t bytes) {
-  const auto stripe_bytes = static_cast<size_t>(store.stripe()) * kernels::size_of(store.compute());
+  const auto stripe_bytes =
+      static_cast<size_t>(store.sharding().stripe()) * kernels::size_of(store.compute());
   const size_t stripes = std::max<size_t>(1, bytes / stripe_bytes);
-  return static_cast<int64_t>(stripes) * (store.stripe() / store.sharding().ranks);
+  return static_cast<int64_t>(stripes) * store.sharding().piece;
 }
 
 ModelBatch view_batch(const Tensor& block, const BatchShape& shape, const data::LoaderParams& params,
@@ -129,8 +130,9 @@ Stepper::Stepper(const configs::Config& config, Model& model, const data::BatchL
   const ParameterStore& store = model.parameters();
   segments_ = store.segments();
   shard_segments_ = store.shard_segments();
-  const comm::Buckets buckets{
-      .bytes = bucket_bytes(config, ctx.device), .stripe = store.stripe(), .joined = ctx.device.is_cuda()};
+  const comm::Buckets buckets{.bytes = bucket_bytes(config, ctx.device),
+                              .stripe = store.sharding().stripe(),
+                              .joined = ctx.device.is_cuda()};
   reducer_ =
       std::make_unique<comm::GradientReducer>(ranks, store.padded_gradients(), rehearsal_.gradients, buckets);
   if (store.sharded() && ctx.device.is_cuda()) update_elements_ = part_elements(store, buckets.bytes);
