@@ -245,6 +245,7 @@ TEST_F(CudaOptimizer, ShardsMoveLikeTheWhole) {
             }
       }
       const std::vector<double> right = whole.master.values();
+      // As expect_equal_memory allows for ten updates.
       for (size_t i = 0; i < right.size(); ++i) ASSERT_NEAR(master[i], right[i], 80 * 0x1p-24) << i;
     }
 }

@@ -4,6 +4,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/core/error.h"
 #include "kernels/core/parallel.h"
