@@ -179,10 +179,34 @@ void pack(const Tensor& matrix, const Tensor& panels) {
   });
 }
 
+template <typename T>
+void sum_norm(const LinearWeight& w, const Tensor& sums) {
+  using Acc = acc_t<T>;
+  const int64_t in = w.matrix.cols();
+  const T *gain = w.norm.gain.as<T>(), *bias = w.norm.bias ? w.norm.bias.as<T>() : nullptr;
+  parallel_for(w.matrix.rows(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      const T* row = w.matrix.as<T>() + o * w.matrix.row_stride;
+      Acc of_gain = 0, of_bias = 0;
+      for (int64_t i = 0; i < in; ++i) {
+        const auto weight = static_cast<Acc>(row[i]);
+        of_gain += weight * static_cast<Acc>(gain[i]);
+        if (bias) of_bias += weight * static_cast<Acc>(bias[i]);
+      }
+      sums.as<Acc>()[o * 2] = of_gain;
+      sums.as<Acc>()[o * 2 + 1] = of_bias;
+    }
+  });
+}
+
 }  // namespace
 
 void pack_panels(const Context&, const Tensor& matrix, Tensor& panels) {
   visit_dtype(matrix.dtype, [&](auto tag) { pack<decltype(tag)>(matrix, panels); });
+}
+
+void pack_norm(const Context&, const LinearWeight& w, Tensor& sums) {
+  visit_dtype(w.matrix.dtype, [&](auto tag) { sum_norm<decltype(tag)>(w, sums); });
 }
 
 }  // namespace kernels::cpu

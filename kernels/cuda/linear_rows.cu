@@ -78,7 +78,10 @@ struct Outputs {
       bias_[i] = a.bias && inside ? static_cast<const T*>(a.bias)[m] : T(0.0f);
       to_[i] = inside ? static_cast<char*>(a.y) + (n * a.y_stride + m) * (a.y_fp32 ? 4 : sizeof(T)) : nullptr;
       keep_global(to_[i]);
-      if constexpr (kNorm) continue;
+      if constexpr (kNorm) {
+        sums_[i] = inside ? a.sums[m] : float2{};
+        continue;
+      }
       from_[i] =
           a.residual && inside ? static_cast<const T*>(a.residual) + n * a.residual_stride + m : nullptr;
       keep_global(from_[i]);
@@ -88,6 +91,8 @@ struct Outputs {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) residual_[i] = from_[i] ? *from_[i] : T(0.0f);
   }
+  // Behind a norm: W gain and W shift of the output.
+  __device__ __forceinline__ float2 sums(int i) const { return sums_[i]; }
   // All at once, so that one need not wait for another.
   __device__ __forceinline__ void write(const RowsCall& a, float (&sum)[kCount]) const {
 #pragma unroll
@@ -114,6 +119,7 @@ struct Outputs {
   }
 
   T bias_[kCount], residual_[kCount];
+  float2 sums_[kCount];
   const T* from_[kCount];
   char* to_[kCount];
 };
@@ -260,24 +266,18 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   End end(partial, from_blocks);
   typename Norm::Product::Way way(a, all, warp, lane);
   way.keep();
-  norm.share_shifts(product, warp, lane, shared);
   wait_for_previous();
   product.load_x(a, way, all, warp, lane);
   norm(a, product, way.tiles, warp, lane, shared);
   for (int round = 0;; ++round) {
-    if (round > 0) {
-      norm.share_shifts(product, warp, lane, shared);
-      __syncthreads();
-    }
     product.clear();
     product.multiply(a, all, warp);
-    norm.add_shifts(shared);
     if (panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
     __syncthreads();
     end(a, round, outputs,
-        [&](int i, float sum) { return shared.normed(Share::row(i), Share::output(i), sum); });
+        [&](int i, float sum) { return shared.normed(Share::row(i), outputs.sums(i), sum); });
     panel += step;
     if (panel >= a.panels) break;
     outputs.aim(a, panel);
@@ -305,6 +305,26 @@ __global__ void pack_kernel(const T* matrix, int64_t stride, int out, int in, in
   panels[tile * kTile + threadIdx.x] = row < out && column < in ? matrix[row * stride + column] : T(0.0f);
   // The kernel behind this one may read the panels before it waits.
   __threadfence();
+}
+
+// A warp has a row of the matrix.
+template <typename T>
+__global__ void pack_norm_kernel(const T* matrix, int64_t stride, int rows, int in, const T* gain,
+                                 const T* bias, float2* sums) {
+  const int row = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32), lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  float2 sum{};
+  for (int i = lane; i < in; i += 32) {
+    const float weight = to_float(matrix[row * stride + i]);
+    sum.x = fmaf(weight, to_float(gain[i]), sum.x);
+    if (bias) sum.y = fmaf(weight, to_float(bias[i]), sum.y);
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, other);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, other);
+  }
+  if (lane == 0) sums[row] = sum;
 }
 
 // What every call of a product is launched with: blocks of a cluster, groups of rows.
@@ -444,8 +464,21 @@ void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels) {
 }
 
 bool linear_rows_norms(const Tensor& x, const LinearWeight& w) {
-  return w.panels && x.rows() <= kMaxDecodeRows && x.dtype != DType::f32 && w.panels.dim(1) <= kSliceTiles &&
-         w.norm.params.groups == 1 && has_vectors(x) && is_aligned(w.norm.gain) && is_aligned(w.norm.bias);
+  return w.panels && w.norm.sums && x.rows() <= kMaxDecodeRows && x.dtype != DType::f32 &&
+         w.panels.dim(1) <= kSliceTiles && w.norm.params.groups == 1 && has_vectors(x) &&
+         is_aligned(w.norm.gain);
+}
+
+void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums) {
+  const auto rows = static_cast<int>(w.matrix.rows());
+  visit_device_dtype(w.matrix.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    pack_norm_kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kThreads, 0, stream_of(ctx)>>>(
+        static_cast<const T*>(w.matrix.data), w.matrix.row_stride, rows, static_cast<int>(w.matrix.cols()),
+        static_cast<const T*>(w.norm.gain.data), static_cast<const T*>(w.norm.bias.data),
+        static_cast<float2*>(sums.data));
+  });
+  check_launch("pack_norm");
 }
 
 void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu,
@@ -469,7 +502,7 @@ void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
                    .gelu = gelu,
                    .y_fp32 = y.dtype == DType::f32,
                    .gain = w.norm.gain.data,
-                   .shift = w.norm.bias.data,
+                   .sums = static_cast<const float2*>(w.norm.sums.data),
                    .layer = w.norm.params.kind == NormKind::layer,
                    .eps = w.norm.params.eps,
                    .share = 1.0f / static_cast<float>(x.cols())};

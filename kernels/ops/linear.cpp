@@ -36,6 +36,7 @@ void check_forward(const char* operation, const Tensor& x, const LinearWeight& w
   }
   if (w.norm.gain) check_shape(operation, "norm.gain", w.norm.gain, Shape{in});
   if (w.norm.bias) check_shape(operation, "norm.bias", w.norm.bias, Shape{in});
+  if (w.norm.sums) check_shape(operation, "norm.sums", w.norm.sums, Shape{out, 2});
 }
 
 void check_backward_input(const char* operation, const Tensor& dy, const Tensor& matrix, const Tensor& dx) {
@@ -72,6 +73,23 @@ void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels) {
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::pack_panels(ctx, matrix, panels);
   return cpu::pack_panels(ctx, matrix, panels);
+}
+
+void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums) {
+  const int64_t out = w.matrix.rows(), in = w.matrix.cols();
+  check_rows("pack_norm", "matrix", w.matrix, out, in);
+  check_shape("pack_norm", "norm.gain", w.norm.gain, Shape{in});
+  check_dtype("pack_norm", "norm.gain", w.norm.gain, w.matrix.dtype);
+  if (w.norm.bias) {
+    check_shape("pack_norm", "norm.bias", w.norm.bias, Shape{in});
+    check_dtype("pack_norm", "norm.bias", w.norm.bias, w.matrix.dtype);
+  }
+  check_shape("pack_norm", "sums", sums, Shape{out, 2});
+  check_dtype("pack_norm", "sums", sums, main_dtype(w.matrix.dtype));
+  if (ctx.rehearsal) return;
+  if constexpr (kCudaEnabled)
+    if (ctx.device.is_cuda()) return cuda::pack_norm(ctx, w, sums);
+  return cpu::pack_norm(ctx, w, sums);
 }
 
 namespace {

@@ -43,6 +43,7 @@ struct LinearWeight {
   struct {
     NormParams params;
     Tensor gain, bias;
+    Tensor sums;  // (O, 2) in the main type, from pack_norm; or empty
   } norm = {};
 };
 
@@ -53,6 +54,11 @@ struct LinearWeight {
 //                                             units (kernels/cuda/linear_rows.cu)
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 Shape panels_shape(const Tensor& matrix);
+
+// sums[o] = (sum of W[o, i] gain[i], sum of W[o, i] bias[i]) over i, with w.norm's gain and bias, which may
+// be empty: what a GPU's row-invariant kernel has to know beforehand to compute the norm as well. Without,
+// the norm is an operation of its own; on the CPU it always is.
+void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums);
 
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 // `pre` may be empty where no backward follows.
@@ -81,6 +87,7 @@ size_t product_workspace_bytes(Device device);
 namespace cpu {
 inline constexpr int64_t kPanelRows = 32;
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
+void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums);
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 void linear_gelu(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor pre, Tensor y);
@@ -96,6 +103,7 @@ void linear_backward_bias(const Context& ctx, const Tensor& dy, Tensor dbias);
 namespace cuda {
 inline constexpr int64_t kTileRows = 16, kTileColumns = 32;
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
+void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums);
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 // Whether linear_rows computes the norm of x itself. It depends on the layer alone, never on how many rows
 // there are.

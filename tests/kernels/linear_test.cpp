@@ -41,6 +41,18 @@ TEST(LinearRows, PanelsHoldTheMatrixAndZeros) {
       EXPECT_EQ(p[(row / 32 * 5 + i) * 32 + row % 32], row < 40 ? w[row * 5 + i] : 0.0) << row << ", " << i;
 }
 
+TEST(LinearRows, SumsOfANormByHand) {
+  TensorBuffer w(DType::f16, {2, 3}), gain(DType::f16, {3}), bias(DType::f16, {3}), sums(DType::f32, {2, 2});
+  w.set(std::vector<double>{1, 2, -3, 0.5, 0, 4});
+  gain.set(std::vector<double>{2, -1, 0.25});
+  bias.set(std::vector<double>{1, 3, 2});
+  kernels::Tensor view = sums;
+  kernels::pack_norm({}, {w, {}, {}, {{}, gain, bias, {}}}, view);
+  EXPECT_EQ(sums.values(), (std::vector<double>{-0.75, 1, 2, 8.5}));
+  kernels::pack_norm({}, {w, {}, {}, {{}, gain, {}, {}}}, view);
+  EXPECT_EQ(sums.values(), (std::vector<double>{-0.75, 0, 2, 0}));
+}
+
 // The matrix product against fp64 over fp16's whole range: subnormals, the largest numbers, ordinary ones.
 // Sums are fp32: |error| <= K 2^-24 sum |a b|, which the range makes worth stating per element.
 TEST(Linear, HoldsOverTheWholeRangeOfFp16) {

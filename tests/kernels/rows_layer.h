@@ -20,12 +20,13 @@ using support::TensorBuffer;
 enum class Form { plain, gelu, add, norm };
 
 struct RowsLayer {
-  TensorBuffer matrix, bias, panels, gain, shift;
+  TensorBuffer matrix, bias, panels, gain, shift, sums;
   RowsLayer(const Context& ctx, DType dtype, int64_t out, int64_t in)
       : matrix(dtype, {out, in}, ctx.device),
         bias(dtype, {out}, ctx.device),
         gain(dtype, {in}, ctx.device),
-        shift(dtype, {in}, ctx.device) {
+        shift(dtype, {in}, ctx.device),
+        sums(kernels::main_dtype(dtype), {out, 2}, ctx.device) {
     gain.fill_normal(6);
     shift.fill_normal(7);
     matrix.fill_normal(1, 0.2);
@@ -36,11 +37,17 @@ struct RowsLayer {
   void pack(const Context& ctx) {
     Tensor view = panels;
     kernels::pack_panels(ctx, matrix, view);
+    view = sums;
+    kernels::pack_norm(ctx, norm_weight(), view);
   }
   kernels::LinearWeight weight() const { return {matrix, bias, panels}; }
-  void norm_linear(const Context& ctx, const Tensor& x, const Tensor& y) const {
+  kernels::LinearWeight norm_weight() const {
     kernels::LinearWeight w = weight();
-    w.norm = {{.kind = kernels::NormKind::layer}, gain, shift};
+    w.norm = {{.kind = kernels::NormKind::layer}, gain, shift, sums};
+    return w;
+  }
+  void norm_linear(const Context& ctx, const Tensor& x, const Tensor& y) const {
+    const kernels::LinearWeight w = norm_weight();
     support::run_rehearsed(ctx.device, ctx.stream, [&](const Context& c) { kernels::linear(c, x, w, y); });
   }
   // Bytes of y.

@@ -142,9 +142,9 @@ std::unique_ptr<AttentionState> Block::make_state(const Context& ctx, int64_t ba
 }
 
 void Block::pack(const Context& ctx, kernels::Arena& panels) {
-  qkv_.pack(ctx, panels);
+  qkv_.pack(ctx, panels, &attention_norm_);
   output_.pack(ctx, panels);
-  mlp_.pack(ctx, panels);
+  mlp_.pack(ctx, panels, mlp_norm_);
 }
 
 }  // namespace trainer

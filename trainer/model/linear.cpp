@@ -37,6 +37,7 @@ kernels::LinearWeight Linear::weight(bool rows_alone, const Norm* norm) const {
   if (!panels_) throw kernels::ShapeError("decoding needs packed weights: call prepare_decoding first");
   w.panels = panels_;
   if (norm) norm->put_ahead(w);
+  w.norm.sums = norm ? norm_sums_ : Tensor{};
   return w;
 }
 
@@ -99,10 +100,14 @@ Tensor Linear::bias_gradient() const {
   return bias_ >= 0 ? store_->fused_gradient(bias_, last_bias_) : Tensor{};
 }
 
-void Linear::pack(const Context& ctx, kernels::Arena& panels) {
-  const Tensor matrix = store_->fused_weight(first_, last_);
-  panels_ = panels.allocate("panels", store_->compute(), kernels::panels_shape(matrix));
-  if (!panels.measuring()) kernels::pack_panels(ctx, matrix, panels_);
+void Linear::pack(const Context& ctx, kernels::Arena& panels, const Norm* norm) {
+  kernels::LinearWeight w{store_->fused_weight(first_, last_), {}, {}};
+  panels_ = panels.allocate("panels", store_->compute(), kernels::panels_shape(w.matrix));
+  if (!panels.measuring()) kernels::pack_panels(ctx, w.matrix, panels_);
+  if (!norm || !ctx.device.is_cuda()) return;  // the CPU's norm is an operation of its own
+  norm->put_ahead(w);
+  norm_sums_ = panels.allocate("norm sums", kernels::main_dtype(store_->compute()), {outputs(), 2});
+  if (!panels.measuring()) kernels::pack_norm(ctx, w, norm_sums_);
 }
 
 }  // namespace trainer

@@ -32,8 +32,9 @@ class Linear {
   // The same in two halves.
   void backward_bias(const Context& ctx, const Tensor& dy) const;
   void backward_matrix(const Context& ctx, const Tensor& dy, const Tensor& x) const;
-  // Takes memory for the panels from `panels`; packs them unless the arena is measuring.
-  void pack(const Context& ctx, kernels::Arena& panels);
+  // Takes memory for the panels from `panels`, and packs them unless the arena is measuring; `norm` is the
+  // one that the layer reads x through, if any.
+  void pack(const Context& ctx, kernels::Arena& panels, const Norm* norm = nullptr);
   int64_t bytes() const;
 
  private:
@@ -44,7 +45,7 @@ class Linear {
 
   ParameterStore* store_ = nullptr;
   int first_ = -1, last_ = -1, bias_ = -1, last_bias_ = -1;
-  Tensor panels_;
+  Tensor panels_, norm_sums_;
 };
 
 }  // namespace trainer

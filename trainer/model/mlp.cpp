@@ -56,8 +56,8 @@ void Mlp::backward(const Context& ctx, const Tensor& dy, const Saved& saved, Ten
   expand_.backward_input(ctx, dexpanded, dx);
 }
 
-void Mlp::pack(const Context& ctx, kernels::Arena& panels) {
-  expand_.pack(ctx, panels);
+void Mlp::pack(const Context& ctx, kernels::Arena& panels, const Norm& norm) {
+  expand_.pack(ctx, panels, &norm);
   down_.pack(ctx, panels);
 }
 

@@ -32,7 +32,8 @@ class Mlp {
   void backward_weight(const Context& ctx, const Tensor& dexpanded, const Tensor& x) const {
     expand_.backward_weight(ctx, dexpanded, x);
   }
-  void pack(const Context& ctx, kernels::Arena& panels);
+  // norm: the one that the layer reads x through.
+  void pack(const Context& ctx, kernels::Arena& panels, const Norm& norm);
   int last_matrix() const { return down_.first_parameter(); }
   int64_t weight_bytes() const { return expand_.bytes() + down_.bytes(); }
 

@@ -36,7 +36,7 @@ class Norm {
   Tensor allocate_statistics(kernels::Arena& arena, int64_t rows) const;  // (N, groups, 2)
   void forward(const Context& ctx, const Tensor& x, Tensor y, Tensor statistics) const;
   // Makes a layer read norm(x).
-  void put_ahead(kernels::LinearWeight& w) const { w.norm = {params_, store_->weight(gain_), bias()}; }
+  void put_ahead(kernels::LinearWeight& w) const { w.norm = {params_, store_->weight(gain_), bias(), {}}; }
   // sum = residual + branch, y = norm(sum).
   void forward(const Context& ctx, const Tensor& residual, const Tensor& branch, Tensor sum, Tensor y,
                Tensor statistics) const;

@@ -5,9 +5,10 @@
 //   y = W ((x - mean) r gain + shift) + bias
 //     = r / s (W ((s x - m) gain) - (s mean - m) W gain) + W shift + bias
 // s x - m and its product with the gain are rounded to x's type, in which two are computed at once; they are
-// as large as the norm itself, so that this costs one rounding more and neither range nor cancellation. The
-// matrix units give W gain and W shift, ahead of waiting for x, and then the moments of x: sums and squares
-// of a warp's inputs, relative to the first one of them, which keeps what cancels below the number of inputs.
+// as large as the norm itself, so that this costs one rounding more and neither range nor cancellation. W
+// gain and W shift come with the weights (pack_norm). The matrix units give the moments of x: sums and
+// squares of a warp's inputs, relative to the first one of them, which keeps what cancels below the number of
+// inputs.
 #include "kernels/cuda/device/rows_product.cuh"
 
 namespace kernels::cuda {
@@ -75,18 +76,16 @@ struct Pairs {
   }
 };
 
-// What warps tell each other of a norm ahead of kPanels panels.
-template <int kColumns, int kPanels>
+// What warps tell each other of a norm.
+template <int kColumns>
 struct NormShared {
   // No bank conflicts.
   float2 moments[kWarps][kColumns * 8 + 4];  // the mean of a warp's inputs and the squares around it
-  float2 shifts[kWarps][kPanels * kPanel];   // W gain and W shift over a warp's inputs
-  float2 all_shifts[kPanels * kPanel];       // over all of them
   float2 rows[kColumns * 8];                 // r / s and s mean - m
-  // What the rows' scales and the shifts make of a sum.
-  __device__ __forceinline__ float normed(int row, int output, float sum) const {
-    const float2 of_row = rows[row], shift = all_shifts[output];
-    return fmaf(of_row.x, fmaf(-of_row.y, shift.x, sum), shift.y);
+  // What a row's scale, and W gain and W shift of an output, make of a sum.
+  __device__ __forceinline__ float normed(int row, float2 of_output, float sum) const {
+    const float2 of_row = rows[row];
+    return fmaf(of_row.x, fmaf(-of_row.y, of_output.x, sum), of_output.y);
   }
 };
 
@@ -94,52 +93,18 @@ struct NormShared {
 template <typename T, int kColumns, int kPanels>
 class RowsNorm {
  public:
-  using Shared = NormShared<kColumns, kPanels>;
+  using Shared = NormShared<kColumns>;
   using Product = WarpProduct<T, kColumns, kPanels, true>;
 
   // Ahead of waiting.
   __device__ __forceinline__ RowsNorm(const RowsCall& a, int warp, int lane) {
     shares_.compute(a, warp, lane);
     const auto* gain = static_cast<const T*>(a.gain);
-    const auto* side = lane < 4 ? gain : lane < 8 ? static_cast<const T*>(a.shift) : nullptr;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
       const int column = (warp + i * kWarps) * static_cast<int>(kTileColumns) + lane % 4 * 8;
-      const bool inside = column < a.in;
-      gain_[i] = inside ? load_vector(gain, column) : uint4{};
-      side_[i] = inside && side ? load_vector(side, column) : uint4{};
+      gain_[i] = column < a.in ? load_vector(gain, column) : uint4{};
     }
-  }
-
-  // This warp's W gain and W shift: two columns of the matrix units, whose row lane / 4 a lane has.
-  __device__ __forceinline__ void share_shifts(const Product& product, int warp, int lane,
-                                               Shared& shared) const {
-    product.weights.wait();
-    float sum[kPanels][4] = {};
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-      for (int p = 0; p < kPanels; ++p) {
-        matrix_multiply_add<T>(sum[p], product.weights.at(p, i, 0), side_[i].x, side_[i].y);
-        matrix_multiply_add<T>(sum[p], product.weights.at(p, i, 1), side_[i].z, side_[i].w);
-      }
-    if (lane % 4 != 0) return;
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p) {
-      float2* at = &shared.shifts[warp][p * kPanel + lane / 4];
-      at[0] = {sum[p][0], sum[p][1]};
-      at[8] = {sum[p][2], sum[p][3]};
-    }
-  }
-
-  // Behind a barrier: over all warps.
-  static __device__ __forceinline__ void add_shifts(Shared& shared) {
-    const int i = static_cast<int>(threadIdx.x);
-    if (i >= kPanels * kPanel * 2) return;
-    float all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) all += reinterpret_cast<const float*>(shared.shifts[w])[i];
-    reinterpret_cast<float*>(shared.all_shifts)[i] = all;
   }
 
   // x becomes (s x - m) gain. One barrier.
@@ -248,7 +213,7 @@ class RowsNorm {
   }
 
   Shares shares_;
-  uint4 gain_[kWarpTiles], side_[kWarpTiles];
+  uint4 gain_[kWarpTiles];
 };
 
 }  // namespace kernels::cuda

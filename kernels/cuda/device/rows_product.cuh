@@ -23,7 +23,8 @@ struct RowsCall {
   int rows, in, out;
   int panels, tiles, slices;  // tiles and slices of one panel
   bool gelu, y_fp32;
-  const void *gain, *shift;  // of a norm ahead: null where there is none
+  const void* gain;    // of a norm ahead: null where there is none
+  const float2* sums;  // W gain and W shift of each output
   bool layer;
   float eps, share;  // share: 1 / in
 

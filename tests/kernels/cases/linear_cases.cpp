@@ -143,7 +143,9 @@ OpCase rows_norm_case(std::string name, LinearShape s, bool layer, bool gelu) {
     kernels::pack_panels(ctx, w.matrix, w.panels);
     w.norm = {{.kind = layer ? kernels::NormKind::layer : kernels::NormKind::rms, .eps = 1e-3f},
               t["gain"],
-              layer ? t["shift"] : kernels::Tensor{}};
+              layer ? t["shift"] : kernels::Tensor{},
+              ctx.scratch->allocate("sums", kernels::main_dtype(w.matrix.dtype), {w.matrix.rows(), 2})};
+    kernels::pack_norm(ctx, w, w.norm.sums);
     if (gelu)
       kernels::linear_gelu(ctx, t["x"], w, {}, t["y"]);
     else
