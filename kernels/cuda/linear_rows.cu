@@ -43,28 +43,28 @@ __device__ __forceinline__ float gelu_of(float x) {
 
 // This thread's share of the outputs of a block's panels, which are dealt out to the warps of all blocks of a
 // cluster in lines of 32, and what is added to the sums there: fetched ahead of them.
-// Behind a norm a cluster is one block, and there is no residual.
-template <typename T, int kColumns, int kSide, bool kNorm>
+// kWhole: a block has all inputs, and a cluster is one block. Behind a norm it is, and there is no residual.
+template <typename T, int kColumns, int kSide, bool kWhole, bool kNorm>
 struct Outputs {
   static constexpr unsigned kPanelElements = kColumns * 8 * kPanel, kElements = kSide * kPanelElements;
   static constexpr int kLines = kElements / 32;
   static constexpr int kCount = std::max(kLines / kWarps, 1);
 
-  static __device__ __forceinline__ LineShare share() {
-    return kNorm ? LineShare{1, 0}
-                 : LineShare{static_cast<int>(cluster_size()), static_cast<int>(cluster_rank())};
-  }
+  const LineShare share;
+  __device__ __forceinline__ explicit Outputs(const RowsCall& a)
+      : share(kWhole ? LineShare{1, 0, 1u << 16}
+                     : LineShare{a.blocks, static_cast<int>(cluster_rank()), a.inverse}) {}
   // Line i of this warp is its block's own one number own(i).
   static __device__ __forceinline__ int own(int i) { return static_cast<int>(threadIdx.x) / 32 + i * kWarps; }
   static __device__ __forceinline__ bool is_line(int own) { return kLines % kWarps == 0 || own < kLines; }
-  static __device__ __forceinline__ unsigned element(int i) {
-    return static_cast<unsigned>(share().line(own(i))) * 32 + threadIdx.x % 32;
+  __device__ __forceinline__ unsigned element(int i) const {
+    return static_cast<unsigned>(share.line(own(i))) * 32 + threadIdx.x % 32;
   }
   // Of an element: its row among the block's, its output among the panels'.
-  static __device__ __forceinline__ int row(int i) {
+  __device__ __forceinline__ int row(int i) const {
     return static_cast<int>(element(i) % kPanelElements / kPanel);
   }
-  static __device__ __forceinline__ int output(int i) {
+  __device__ __forceinline__ int output(int i) const {
     return static_cast<int>(element(i) / kPanelElements * kPanel + element(i) % kPanel);
   }
 
@@ -133,9 +133,9 @@ class Ending {
  public:
   using Blocks = Exchange<Share::kLines, kMostCluster>;
   // Ahead of waiting.
-  __device__ __forceinline__ Ending(const WarpSums<kColumns>* partial, Blocks& blocks)
-      : partial_(partial), blocks_(blocks) {
-    const LineShare share = Share::share();
+  __device__ __forceinline__ Ending(const WarpSums<kColumns>* partial, Blocks& blocks, const Share& outputs)
+      : partial_(partial), blocks_(blocks), outputs_(outputs) {
+    const LineShare& share = outputs.share;
     if (share.blocks == 1) return;
     blocks_.start(share);
 #pragma unroll
@@ -143,8 +143,8 @@ class Ending {
   }
   // round: of the block's panels. of(i, sum): what is written for the sum of this thread's element i.
   template <class Of>
-  __device__ __forceinline__ void operator()(const RowsCall& a, int round, const Share& outputs, Of&& of) {
-    const LineShare share = Share::share();
+  __device__ __forceinline__ void operator()(const RowsCall& a, int round, Of&& of) {
+    const LineShare& share = outputs_.share;
     float sum[Share::kCount] = {};
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i)
@@ -162,11 +162,11 @@ class Ending {
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i)
       if (Share::is_line(Share::own(i))) sum[i] = of(i, sum[i]);
-    outputs.write(a, sum);
+    outputs_.write(a, sum);
   }
   // Until the next round may begin.
   __device__ __forceinline__ void next_round() {
-    const LineShare share = Share::share();
+    const LineShare& share = outputs_.share;
     if (share.blocks == 1) return __syncthreads();
     if (threadIdx.x == 0) blocks_.expect(share);
     cluster_sync_shared();
@@ -183,6 +183,7 @@ class Ending {
   }
   const WarpSums<kColumns>* partial_;
   Blocks& blocks_;
+  const Share& outputs_;
   typename Blocks::Way way_[Share::kCount];
 };
 
@@ -193,48 +194,50 @@ inline constexpr int kResident = kColumns == 1 && kInput != Input::norm ? 3 : 2;
 // A block has kSide panels at a time, against at most kColumns * 8 rows of x: it reads (and normalises) them
 // once for all its panels. What does not need the kernel ahead is done before waiting for it; then x is the
 // first to be asked for.
-template <typename T, int kColumns, int kSide, Input kInput>
+template <typename T, int kColumns, int kSide, Input kInput, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_kernel(const RowsCall a) {
-  using Share = Outputs<T, kColumns, kSide, false>;
+  using Share = Outputs<T, kColumns, kSide, kWhole, false>;
   using End = Ending<kColumns, Share>;
   using Product = WarpProduct<T, kColumns, kSide, kInput != Input::elements>;
   using Way = typename Product::Way;
   extern __shared__ uint4 shared_vectors[];
   __shared__ WarpSums<kColumns> partial[kSide];
   __shared__ typename End::Blocks from_blocks;
-  Share outputs;
-  const auto [blocks, rank] = Share::share();
+  Share outputs(a);
+  const int blocks = outputs.share.blocks, rank = outputs.share.rank, slices = kWhole ? 1 : a.slices;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int step = static_cast<int>(gridDim.x) / blocks * kSide;
-  const Slice first = slice_of(a, rank);
+  const Slice first = kWhole ? Slice{0, a.tiles} : slice_of(a, rank);
   int panel = static_cast<int>(blockIdx.x) / blocks * kSide, loaded = rank;
   Product product(shared_vectors);
   let_next_start();
   product.fetch(a, panel, first, warp, lane);
   outputs.aim(a, panel);
-  End end(partial, from_blocks);
+  End end(partial, from_blocks, outputs);
   Way way(a, first, warp, lane);
   way.keep();
+  if constexpr (kSide > 1) __syncthreads();
   wait_for_previous();
   product.load_x(a, way, first, warp, lane);
   outputs.load_residual();
   for (int round = 0;; ++round) {
     product.clear();
-    for (int s = rank; s < a.slices; s += blocks) {
+    for (int s = rank; s < slices; s += blocks) {
       const Slice slice = s == rank ? first : slice_of(a, s);
       if (loaded != s) product.load_x(a, Way(a, slice, warp, lane), slice, warp, lane);
       loaded = s;
       product.multiply(a, slice, warp);
-      // In flight while these panels are finished.
-      if (s + blocks < a.slices)
-        product.fetch(a, panel, slice_of(a, s + blocks), warp, lane);
-      else if (panel + step < a.panels)
-        product.fetch(a, panel + step, first, warp, lane);
+      if (s + blocks >= slices) break;
+      if constexpr (kSide > 1) __syncthreads();
+      product.fetch(a, panel, slice_of(a, s + blocks), warp, lane);
     }
+    // In flight while these panels are finished.
+    if (kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
     __syncthreads();
-    end(a, round, outputs, [](int, float sum) { return sum; });
+    if (kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
+    end(a, round, [](int, float sum) { return sum; });
     panel += step;
     if (panel >= a.panels) break;
     outputs.aim(a, panel);
@@ -246,14 +249,14 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
 // The same of a norm of x. A block has all inputs.
 template <typename T, int kColumns, int kSide>
 __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a) {
-  using Share = Outputs<T, kColumns, kSide, true>;
+  using Share = Outputs<T, kColumns, kSide, true, true>;
   using End = Ending<kColumns, Share>;
   using Norm = RowsNorm<T, kColumns, kSide>;
   extern __shared__ uint4 shared_vectors[];
   __shared__ WarpSums<kColumns> partial[kSide];
   __shared__ typename End::Blocks from_blocks;
   __shared__ typename Norm::Shared shared;
-  Share outputs;
+  Share outputs(a);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int step = static_cast<int>(gridDim.x) * kSide;
   const Slice all{0, a.tiles};
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   product.fetch(a, panel, all, warp, lane);
   const Norm norm(a, warp, lane);
   outputs.aim(a, panel);
-  End end(partial, from_blocks);
+  End end(partial, from_blocks, outputs);
   typename Norm::Product::Way way(a, all, warp, lane);
   way.keep();
   wait_for_previous();
@@ -272,12 +275,12 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   for (int round = 0;; ++round) {
     product.clear();
     product.multiply(a, all, warp);
-    if (panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
+    if (kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
     __syncthreads();
-    end(a, round, outputs,
-        [&](int i, float sum) { return shared.normed(Share::row(i), outputs.sums(i), sum); });
+    if (kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
+    end(a, round, [&](int i, float sum) { return shared.normed(outputs.row(i), outputs.sums(i), sum); });
     panel += step;
     if (panel >= a.panels) break;
     outputs.aim(a, panel);
@@ -348,13 +351,16 @@ unsigned alone_shared(void (*kernel)(Parameters...)) {
 
 template <typename T, int kColumns, int kSide, Input kInput>
 void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int places) {
-  const auto kernel = [] {
+  const auto kernel = [&] {
     if constexpr (kInput == Input::norm)
       return norm_rows_kernel<T, kColumns, kSide>;
+    else if constexpr (sizeof(T) == 2 && kInput == Input::vectors)
+      return a.slices == 1 ? rows_kernel<T, kColumns, kSide, kInput, true>
+                           : rows_kernel<T, kColumns, kSide, kInput, false>;
     else
-      return rows_kernel<T, kColumns, kSide, kInput>;
+      return rows_kernel<T, kColumns, kSide, kInput, false>;
   }();
-  unsigned shared = WarpWeights<T, kSide>::kSharedBytes;
+  unsigned shared = BlockWeights<T, kSide>::kSharedBytes;
   if constexpr (kSide > 1) {
     if (kInput == Input::norm && grid.groups <= 2) shared = std::max(shared, alone_shared(kernel));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
@@ -386,8 +392,7 @@ void run_sides(const Context& ctx, const RowsCall& a, RowsGrid grid) {
 
 template <typename T, int kColumns, Input kInput>
 void run(const Context& ctx, const RowsCall& a) {
-  const RowsGrid grid{.cluster = has_clusters() ? std::min(a.slices, kMostCluster) : 1,
-                      .groups = (a.rows + kGroup - 1) / kGroup};
+  const RowsGrid grid{.cluster = a.blocks, .groups = (a.rows + kGroup - 1) / kGroup};
   if constexpr (sizeof(T) == 2 && kColumns == 2 && kInput != Input::elements)
     run_sides<T, kInput>(ctx, a, grid);
   else
@@ -421,7 +426,7 @@ template <typename T>
 bool run_stream(const Context& ctx, const RowsCall& a) {
   constexpr int kMany = 4;  // panels of a multiprocessor
   if (a.rows <= kGroup || a.panels <= kMany * multiprocessors() || a.gelu || a.residual) return false;
-  if (a.slices > (has_clusters() ? kMostCluster : 1)) return false;
+  if (a.slices > a.blocks) return false;
   const auto most = static_cast<unsigned>(shared_memory_limit());
   if (a.rows > 32 && stream_shared(a.tiles, 8) <= most)
     launch_stream<T, 8>(ctx, a);
@@ -484,7 +489,8 @@ void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums) {
 void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y, bool gelu,
                  const Tensor& residual) {
   if (x.rows() == 0) return;
-  const int tiles = static_cast<int>(w.panels.dim(1));
+  const int tiles = static_cast<int>(w.panels.dim(1)), slices = (tiles + kSliceTiles - 1) / kSliceTiles;
+  const int blocks = has_clusters() ? std::min(slices, kMostCluster) : 1;
   const RowsCall a{.weights = w.panels.data,
                    .x = x.data,
                    .bias = w.bias.data,
@@ -498,7 +504,10 @@ void linear_rows(const Context& ctx, const Tensor& x, const LinearWeight& w, Ten
                    .out = static_cast<int>(y.cols()),
                    .panels = static_cast<int>(w.panels.dim(0)),
                    .tiles = tiles,
-                   .slices = (tiles + kSliceTiles - 1) / kSliceTiles,
+                   .slices = slices,
+                   .slice_tiles = (tiles + slices - 1) / slices,
+                   .blocks = blocks,
+                   .inverse = (65536u + static_cast<unsigned>(blocks) - 1) / static_cast<unsigned>(blocks),
                    .gelu = gelu,
                    .y_fp32 = y.dtype == DType::f32,
                    .gain = w.norm.gain.data,

@@ -92,6 +92,32 @@ __device__ __forceinline__ float2 load_cluster(uint32_t from) {
   return x;
 }
 
+// Until a barrier in shared memory has completed a phase, counted from 0. With kCluster other blocks take
+// part in it, and what they stored before is still to be acquired.
+template <bool kCluster>
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there = 0;
+  while (!there)
+    if constexpr (kCluster)
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(there)
+          : "r"(barrier), "r"(phase & 1)
+          : "memory");
+    else
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(there)
+          : "r"(barrier), "r"(phase & 1)
+          : "memory");
+#endif
+}
+
 // Until everything ahead in the stream has ended and its results can be read. A block of a kernel launched as
 // `dependent` calls this before it touches anything that another kernel of the stream reads or writes.
 // Parameters may be read before, as kernels that write them are not followed early; and what an operation's

@@ -10,11 +10,13 @@ namespace kernels::cuda {
 // which gets it from all of them and whose own line number l / blocks it is.
 struct LineShare {
   int blocks, rank;
+  unsigned inverse;  // 65536 / blocks, rounded up: there are few lines
   // The line of a block's own one; there may be none.
   __device__ __forceinline__ int line(int own) const { return rank + own * blocks; }
-  __device__ __forceinline__ int lines_of_block(int lines) const {
-    return (lines - rank + blocks - 1) / blocks;
+  __device__ __forceinline__ int own_of(int line) const {
+    return static_cast<int>(static_cast<unsigned>(line) * inverse >> 16);
   }
+  __device__ __forceinline__ int lines_of_block(int lines) const { return own_of(lines - rank + blocks - 1); }
 };
 
 // kLines: of a block's sums; kBlocks: the most of a cluster.
@@ -51,7 +53,7 @@ struct Exchange {
   __device__ __forceinline__ Way way(LineShare share, int line) const {
     Way w{};
 #if __CUDA_ARCH__ >= 900
-    const int own = line / share.blocks, owner = line - own * share.blocks;
+    const int own = share.own_of(line), owner = line - own * share.blocks;
     const float* place = sums + (own * share.blocks + share.rank) * 32 + threadIdx.x % 32;
     // Here, and not where it is used.
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -73,15 +75,7 @@ struct Exchange {
   // Until all sums of a round, counted from 0, are there.
   __device__ __forceinline__ void wait(int round) const {
 #if __CUDA_ARCH__ >= 900
-    uint32_t there = 0;
-    while (!there)
-      asm volatile(
-          "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(there)
-          : "r"(shared_address(&arrived)), "r"(round & 1)
-          : "memory");
+    wait_for_phase<true>(shared_address(&arrived), round);
     // Of other blocks' stores to shared memory; global memory is another matter, and would cost more.
     asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 #endif

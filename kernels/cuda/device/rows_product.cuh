@@ -1,6 +1,7 @@
 #pragma once
 // A warp's share of the row-invariant product (kernels/cuda/linear_rows.cu): tiles of weights and of x in
 // registers, the norm of x there, and the products of the two.
+#include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/element.cuh"
 #include "kernels/cuda/device/matrix.cuh"
 #include "kernels/ops/linear.h"
@@ -21,7 +22,10 @@ struct RowsCall {
   void* y;
   int64_t x_stride, residual_stride, y_stride;
   int rows, in, out;
-  int panels, tiles, slices;  // tiles and slices of one panel
+  int panels, tiles, slices,
+      slice_tiles;   // of one panel; the tiles of a slice, the last of which may have fewer
+  int blocks;        // of a cluster
+  unsigned inverse;  // 65536 / blocks, rounded up
   bool gelu, y_fp32;
   const void* gain;    // of a norm ahead: null where there is none
   const float2* sums;  // W gain and W shift of each output
@@ -44,7 +48,7 @@ struct Slice {
   int first, last;
 };
 __device__ __forceinline__ Slice slice_of(const RowsCall& a, int s) {
-  return {a.tiles * s / a.slices, a.tiles * (s + 1) / a.slices};
+  return {min(s * a.slice_tiles, a.tiles), min((s + 1) * a.slice_tiles, a.tiles)};
 }
 
 // How a kernel reads x: element by element, in vectors, or in vectors of which a norm is computed; then one
@@ -114,59 +118,112 @@ __device__ __forceinline__ uint4 load_inputs(const RowsCall& a, int n, int colum
   return v.vector;
 }
 
-// As load_weights, to shared memory in the background; zeros unless `inside`.
-__device__ __forceinline__ void copy_weights(uint4* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
-               "l"(from), "r"(inside ? 16 : 0), "l"(read_once())
+// As load_weights, to shared memory in the background.
+__device__ __forceinline__ void copy_weights(uint4* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "l"(read_once())
                : "memory");
 }
 
-// A warp's weights of a slice of kPanels panels: a lane holds, of a tile, two vectors of 8. Those of several
-// panels stand in shared memory, where a lane reads what it has copied itself, so that registers are left to
-// the next kernel. Tiles beyond the slice are zeros.
+// The weights of a slice of kPanels panels. A lane holds, of a tile of its warp, two vectors of 8. Those of
+// several panels stand in shared memory as they do in the panels, so that registers are left to the next
+// kernel; one thread asks for them, a panel at a time, so that a block that starts early takes little from
+// the kernel that still runs. Below sm_90 a lane copies what it reads. In place of tiles
+// beyond the slice, for which x is 0, there are zeros or the slice's first tile.
 template <typename T, int kPanels>
-struct WarpWeights {
+class BlockWeights {
+ public:
   static constexpr bool kShared = kPanels > 1;
-  static constexpr int kVectors = kShared ? kPanels * kWarpTiles * 2 * 32 : 0;  // of a warp
-  static constexpr unsigned kSharedBytes = kWarps * kVectors * sizeof(uint4);   // of a block
+  static constexpr unsigned kSharedBytes = kShared ? kPanels * kSliceTiles * kTile * sizeof(T) : 0;
 
-  __device__ __forceinline__ explicit WarpWeights(uint4* shared)
-      : shared_(shared + threadIdx.x / 32 * kVectors + threadIdx.x % 32) {}
-  __device__ __forceinline__ void fetch(const RowsCall& a, int panel, Slice s, int warp, int lane) {
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p) {
-      const int64_t first = static_cast<int64_t>(min(panel + p, a.panels - 1)) * a.tiles + s.first + warp;
-      const T* from = static_cast<const T*>(a.weights) + first * kTile + lane * 8;
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool inside = s.first + warp + i * kWarps < s.last;
-          const T* at = from + i * kWarps * kTile + half * (kTile / 2);
-          if constexpr (kShared)
-            copy_weights(shared_ + place(p, i, half), at, inside);
-          else
-            held_[p][i][half] = inside ? load_weights(at) : make_uint4(0, 0, 0, 0);
-        }
+  // Where they are shared, a barrier has to follow.
+  __device__ __forceinline__ explicit BlockWeights(uint4* shared)
+      : shared_(shared + threadIdx.x / 32 * kVectors + threadIdx.x % 32) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kShared) {
+      __shared__ uint64_t arrived;
+      arrived_ = shared_address(&arrived);
+      if (threadIdx.x != 0) return;
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived_) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if constexpr (kShared) commit_copies();
+#endif
+  }
+  // All threads; where they are shared, when all have read what was fetched before.
+  __device__ __forceinline__ void fetch(const RowsCall& a, int panel, Slice s, int warp, int lane) {
+    if constexpr (kShared) return share(a, panel, s);
+    const T* from = place_of(a, panel, s.first + warp) + lane * 8;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        held_[i][half] = s.first + warp + i * kWarps < s.last
+                             ? load_weights(from + i * kWarps * kTile + half * (kTile / 2))
+                             : uint4{};
   }
   __device__ __forceinline__ void wait() const {
-    if constexpr (kShared) wait_copies<0>();
+    if constexpr (!kShared) return;
+#if __CUDA_ARCH__ >= 900
+    wait_for_phase<false>(arrived_, fetches_ - 1);
+#else
+    wait_copies<0>();
+#endif
   }
   __device__ __forceinline__ uint4 at(int panel, int tile, int half) const {
-    if constexpr (kShared)
-      return shared_[place(panel, tile, half)];
-    else
-      return held_[panel][tile][half];
+    if constexpr (!kShared) return held_[tile][half];
+    return shared_[place(panel, half) + tile_[tile]];
   }
 
  private:
-  static __device__ __forceinline__ constexpr int place(int panel, int tile, int half) {
-    return ((panel * kWarpTiles + tile) * 2 + half) * 32;
+  static constexpr int kVectors = kTile * sizeof(T) / sizeof(uint4);  // of a tile
+  static __device__ __forceinline__ constexpr int place(int panel, int half) {
+    return panel * kSliceTiles * kVectors + half * (kVectors / 2);
   }
+  static __device__ __forceinline__ const T* place_of(const RowsCall& a, int panel, int tile) {
+    return static_cast<const T*>(a.weights) +
+           (static_cast<int64_t>(min(panel, a.panels - 1)) * a.tiles + tile) * kTile;
+  }
+  __device__ __forceinline__ void share(const RowsCall& a, int panel, Slice s) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+      tile_[i] = (s.first + warp + i * kWarps < s.last ? i * kWarps : -warp) * kVectors;
+#if __CUDA_ARCH__ >= 900
+    ++fetches_;
+    if (threadIdx.x != 0) return;
+    const unsigned bytes = static_cast<unsigned>(s.last - s.first) * kTile * sizeof(T);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived_),
+                 "r"(bytes * kPanels)
+                 : "memory");
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p)
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+          "[%3], "
+          "%4;" ::"r"(shared_address(shared_ + place(p, 0))),
+          "l"(place_of(a, panel + p, s.first)), "r"(bytes), "r"(arrived_), "l"(read_once())
+          : "memory");
+#else
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) {
+      const T* from = place_of(a, panel + p, s.first) + threadIdx.x % 32 * 8;
+      // Every warp copies what it reads, the block's first tile among it.
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          copy_weights(shared_ + place(p, half) + tile_[i],
+                       from + (warp * kVectors + tile_[i]) / kVectors * kTile + half * (kTile / 2));
+    }
+    commit_copies();
+#endif
+  }
+
   uint4* shared_;
-  uint4 held_[kShared ? 1 : kPanels][kWarpTiles][2];
+  uint32_t arrived_ = 0;
+  int fetches_ = 0;
+  int tile_[kWarpTiles];  // where this warp's tiles stand
+  uint4 held_[kWarpTiles][2];
 };
 
 // An address in global memory is computed here, and not where it is used.
@@ -210,7 +267,7 @@ struct WayToX {
 template <typename T, int kColumns, int kPanels, bool kVectors>
 struct WarpProduct {
   using Way = WayToX<T, kColumns>;
-  WarpWeights<T, kPanels> weights;
+  BlockWeights<T, kPanels> weights;
   uint4 x[kWarpTiles][kColumns];
   float sum[kPanels][kColumns][4];
 

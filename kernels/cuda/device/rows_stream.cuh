@@ -42,8 +42,8 @@ struct WeightRing {
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i) {
         if (first + i * kWarps >= tiles.last) continue;
-        copy_weights(to + i * 64, from + i * kWarps * kTile, true);
-        copy_weights(to + i * 64 + 32, from + i * kWarps * kTile + kTile / 2, true);
+        copy_weights(to + i * 64, from + i * kWarps * kTile);
+        copy_weights(to + i * 64 + 32, from + i * kWarps * kTile + kTile / 2);
       }
     }
     // One group a unit, even of nothing: they are waited for by count.
