@@ -51,7 +51,7 @@ struct LinearWeight {
 //   CPU   (ceil(O / 32), I, 32)               panels[p, i, r] = W[32 p + r, i]
 //   GPU   (ceil(O / 16), ceil(I / 32), 512)   tiles of 16 rows and 32 columns, each in the order of the
 //   matrix
-//                                             units (kernels/cuda/linear_rows.cu)
+//                                             units (kernels/cuda/linear_pack.cu)
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 Shape panels_shape(const Tensor& matrix);
 

@@ -22,10 +22,10 @@ struct RowsCall {
   void* y;
   int64_t x_stride, residual_stride, y_stride;
   int rows, in, out;
-  int panels, tiles, slices,
-      slice_tiles;   // of one panel; the tiles of a slice, the last of which may have fewer
-  int blocks;        // of a cluster
-  unsigned inverse;  // 65536 / blocks, rounded up
+  int panels, tiles, slices;  // tiles and slices of one panel
+  int slice_tiles;            // of every slice but the last, which may have fewer
+  int blocks;                 // of a cluster
+  unsigned inverse;           // 65536 / blocks, rounded up
   bool gelu, y_fp32;
   const void* gain;    // of a norm ahead: null where there is none
   const float2* sums;  // W gain and W shift of each output
@@ -125,11 +125,12 @@ __device__ __forceinline__ void copy_weights(uint4* to, const void* from) {
                : "memory");
 }
 
-// The weights of a slice of kPanels panels. A lane holds, of a tile of its warp, two vectors of 8. Those of
-// several panels stand in shared memory as they do in the panels, so that registers are left to the next
-// kernel; one thread asks for them, a panel at a time, so that a block that starts early takes little from
-// the kernel that still runs. Below sm_90 a lane copies what it reads. In place of tiles
-// beyond the slice, for which x is 0, there are zeros or the slice's first tile.
+// The weights of a slice of kPanels panels; of a tile of its warp a lane reads two vectors of 8. Those of one
+// panel it holds in registers. Those of several stand in shared memory, as they do in the panels, so that
+// registers are left to the next kernel. One thread asks for them, a panel at a time: a block that starts
+// early takes little from the kernel that still runs, and its other loads do not queue behind them. Below
+// sm_90 a lane copies what it reads. In place of tiles beyond the slice, for which x is 0, there are zeros or
+// the slice's first tile.
 template <typename T, int kPanels>
 class BlockWeights {
  public:
@@ -199,8 +200,7 @@ class BlockWeights {
     for (int p = 0; p < kPanels; ++p)
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-          "[%3], "
-          "%4;" ::"r"(shared_address(shared_ + place(p, 0))),
+          "[%3], %4;" ::"r"(shared_address(shared_ + place(p, 0))),
           "l"(place_of(a, panel + p, s.first)), "r"(bytes), "r"(arrived_), "l"(read_once())
           : "memory");
 #else
