@@ -25,8 +25,8 @@ class CudaLinear : public testing::Test {
 };
 using CudaLinearRows = CudaLinear;
 
-// One slice of inputs, several, and more than a cluster has blocks; outputs that end inside a panel, and more
-// than blocks take at once.
+// One slice of inputs, several, and more than a cluster has blocks, of one panel a block and of more; outputs
+// that end inside a panel, and more than blocks take at once.
 TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
   using rows_layer::Form;
   struct Sizes {
@@ -37,6 +37,7 @@ TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
                              {50, 1700, Form::add},
                              {4200, 768, Form::gelu},
                              {33, 7000, Form::plain},
+                             {400, 7000, Form::plain},
                              {768, 768, Form::add},
                              {2304, 768, Form::norm},
                              {40, 200, Form::norm},
