@@ -1,5 +1,6 @@
 // The linear layers on a GPU, beyond the table of cases: rows that do not depend on their neighbours, and
 // products recorded in a graph.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <optional>
@@ -25,28 +26,32 @@ class CudaLinear : public testing::Test {
 };
 using CudaLinearRows = CudaLinear;
 
+struct Sizes {
+  int64_t out, in;
+  rows_layer::Form form;
+};
+// A test of its own for each, of which compute-sanitizer may run several beside each other.
+class CudaLinearRowsSizes : public CudaLinear, public testing::WithParamInterface<Sizes> {};
+
 // One slice of inputs, several, and more than a cluster has blocks, of one panel a block and of more; outputs
 // that end inside a panel, and more than blocks take at once.
-TEST_F(CudaLinearRows, ARowDoesNotDependOnItsNeighbours) {
-  using rows_layer::Form;
-  struct Sizes {
-    int64_t out, in;
-    Form form;
-  };
-  for (const Sizes& sizes : {Sizes{330, 75, Form::plain},
-                             {50, 1700, Form::add},
-                             {4200, 768, Form::gelu},
-                             {33, 7000, Form::plain},
-                             {400, 7000, Form::plain},
-                             {768, 768, Form::add},
-                             {2304, 768, Form::norm},
-                             {40, 200, Form::norm},
-                             {40, 1600, Form::norm},
-                             {5300, 200, Form::norm},
-                             {3000, 1700, Form::add}})
-    for (DType dtype : kTypes)
-      rows_layer::expect_rows_alone(ctx_, dtype, sizes.out, sizes.in,
-                                    sizes.form == Form::plain ? DType::f32 : dtype, sizes.form);
+INSTANTIATE_TEST_SUITE_P(
+    Of, CudaLinearRowsSizes,
+    [] {
+      using rows_layer::Form;
+      return testing::Values(
+          Sizes{330, 75, Form::plain}, Sizes{50, 1700, Form::add}, Sizes{4200, 768, Form::gelu},
+          Sizes{33, 7000, Form::plain}, Sizes{400, 7000, Form::plain}, Sizes{768, 768, Form::add},
+          Sizes{2304, 768, Form::norm}, Sizes{40, 200, Form::norm}, Sizes{40, 1600, Form::norm},
+          Sizes{5300, 200, Form::norm}, Sizes{3000, 1700, Form::add});
+    }(),
+    [](const auto& info) { return fmt::format("{}_from_{}", info.param.out, info.param.in); });
+
+TEST_P(CudaLinearRowsSizes, ARowDoesNotDependOnItsNeighbours) {
+  const Sizes& s = GetParam();
+  for (DType dtype : kTypes)
+    rows_layer::expect_rows_alone(ctx_, dtype, s.out, s.in,
+                                  s.form == rows_layer::Form::plain ? DType::f32 : dtype, s.form);
 }
 
 // Vocabularies have a form of their own beyond 16 rows, with which fewer rows have to agree: all tiles of one

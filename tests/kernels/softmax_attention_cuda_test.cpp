@@ -151,18 +151,33 @@ TEST_P(CudaSoftmaxDecodeSizes, TreeNodesEqualPlainDecodingBitForBit) {
 
 // More chunks than there are classes of them; and so many tiles that a block takes several classes, one after
 // the other, where a single row's are shared out.
-TEST_F(CudaSoftmaxDecode, LongListsAreTheDefinitionAndEqualOneByOneBitForBit) {
-  const auto longer = [](int64_t capacity) {
-    return [capacity](Sizes s, DType dtype, size_t sequences) {
-      return Decoder(Kind::softmax, s, dtype, sequences, kCuda, capacity);
-    };
-  };
-  const int count = 2120;
-  expect_definition(longer(2176), {1, 1, 32}, DType::f16, count,
-                    {.sums = static_cast<double>(4 * (count + 32)), .factors = 1});
-  expect_chains_equal_plain(longer(2176), {1, 1, 32}, DType::f16, count, 1);
-  for (const Sizes& s : {Sizes{34, 2, 32}, {17, 1, 128}})
-    expect_chains_equal_plain(longer(640), s, DType::bf16, 600, 1);
+struct LongList {
+  Sizes sizes;
+  DType dtype;
+  int count, capacity;
+  Decoder operator()(Sizes s, DType type, size_t sequences) const {
+    return Decoder(Kind::softmax, s, type, sequences, kCuda, capacity);
+  }
+};
+class CudaSoftmaxDecodeLong : public CudaSoftmax, public testing::WithParamInterface<LongList> {};
+constexpr LongList kLongest{{1, 1, 32}, DType::f16, 2120, 2176};
+
+INSTANTIATE_TEST_SUITE_P(Of, CudaSoftmaxDecodeLong,
+                         testing::Values(kLongest, LongList{{34, 2, 32}, DType::bf16, 600, 640},
+                                         LongList{{17, 1, 128}, DType::bf16, 600, 640}),
+                         [](const auto& info) {
+                           return fmt::format("{}_rows_heads_{}", info.param.count, info.param.sizes.heads);
+                         });
+
+TEST_P(CudaSoftmaxDecodeLong, ListsEqualOneByOneBitForBit) {
+  const LongList& p = GetParam();
+  expect_chains_equal_plain(p, p.sizes, p.dtype, p.count, 1);
+}
+
+TEST_F(CudaSoftmaxDecode, TheLongestListIsTheDefinition) {
+  const LongList& p = kLongest;
+  expect_definition(p, p.sizes, p.dtype, p.count,
+                    {.sums = static_cast<double>(4 * (p.count + p.sizes.width)), .factors = 1});
 }
 
 TEST_F(CudaSoftmaxDecode, SequencesDoNotTouchEachOther) {
