@@ -65,6 +65,15 @@ TEST_F(CudaLinearRows, ARowOfAVocabularyDoesNotDependOnItsNeighbours) {
   }
 }
 
+TEST_F(CudaLinearRows, ANormIsComputedWithTheLayerWhereItsSumsArePacked) {
+  const rows_layer::RowsLayer layer(ctx_, DType::f16, 40, 200);
+  const TensorBuffer x(DType::f16, {3, 200}, kGpu);
+  kernels::LinearWeight w = layer.norm_weight();
+  EXPECT_TRUE(kernels::cuda::linear_rows_norms(x, w));
+  w.norm.sums = {};
+  EXPECT_FALSE(kernels::cuda::linear_rows_norms(x, w));
+}
+
 TEST_F(CudaLinearRows, ANaNStaysInItsRow) {
   for (DType dtype : kTypes) rows_layer::expect_nan_stays_in_its_row(ctx_, dtype);
 }

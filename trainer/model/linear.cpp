@@ -36,8 +36,10 @@ kernels::LinearWeight Linear::weight(bool rows_alone, const Norm* norm) const {
   if (!rows_alone) return w;
   if (!panels_) throw kernels::ShapeError("decoding needs packed weights: call prepare_decoding first");
   w.panels = panels_;
-  if (norm) norm->put_ahead(w);
-  w.norm.sums = norm ? norm_sums_ : Tensor{};
+  if (norm) {
+    norm->put_ahead(w);
+    w.norm.sums = norm_sums_;
+  }
   return w;
 }
 
