@@ -127,6 +127,13 @@ struct Outputs {
 template <int kColumns>
 using WarpSums = float[kWarps][kColumns * 8 * kPitch];
 
+// A block has x there until its lanes have got it, then their sums.
+template <int kColumns, int kSide>
+union BlockRows {
+  SharedX<kColumns> x;
+  WarpSums<kColumns> partial[kSide];
+};
+
 // Adds the warps' sums, then the blocks', and writes the outputs of the block's panels.
 template <int kColumns, class Share>
 class Ending {
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
   using Product = WarpProduct<T, kColumns, kSide, kInput != Input::elements>;
   using Way = typename Product::Way;
   extern __shared__ uint4 shared_vectors[];
-  __shared__ WarpSums<kColumns> partial[kSide];
+  __shared__ BlockRows<kColumns, kSide> rows;
   __shared__ typename End::Blocks from_blocks;
   Share outputs(a);
   const int blocks = outputs.share.blocks, rank = outputs.share.rank, slices = kWhole ? 1 : a.slices;
@@ -213,18 +220,24 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
   let_next_start();
   product.fetch(a, panel, first, warp, lane);
   outputs.aim(a, panel);
-  End end(partial, from_blocks, outputs);
+  End end(rows.partial, from_blocks, outputs);
   Way way(a, first, warp, lane);
   way.keep();
   if constexpr (kSide > 1) __syncthreads();
   wait_for_previous();
   product.load_x(a, way, first, warp, lane);
   outputs.load_residual();
+  product.exchange_x(warp, lane, rows.x);
+  if constexpr (Product::kLines) __syncthreads();
   for (int round = 0;; ++round) {
     product.clear();
     for (int s = rank; s < slices; s += blocks) {
       const Slice slice = s == rank ? first : slice_of(a, s);
-      if (loaded != s) product.load_x(a, Way(a, slice, warp, lane), slice, warp, lane);
+      if (loaded != s) {
+        product.load_x(a, Way(a, slice, warp, lane), slice, warp, lane);
+        product.exchange_x(warp, lane, rows.x);
+        if constexpr (Product::kLines) __syncthreads();
+      }
       loaded = s;
       product.multiply(a, slice, warp);
       if (s + blocks >= slices) break;
@@ -234,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
     // In flight while these panels are finished.
     if (kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
 #pragma unroll
-    for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
+    for (int p = 0; p < kSide; ++p) product.store(p, rows.partial[p][warp], lane);
     __syncthreads();
     if (kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
     end(a, round, [](int, float sum) { return sum; });
@@ -253,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   using End = Ending<kColumns, Share>;
   using Norm = RowsNorm<T, kColumns, kSide>;
   extern __shared__ uint4 shared_vectors[];
-  __shared__ WarpSums<kColumns> partial[kSide];
+  __shared__ BlockRows<kColumns, kSide> rows;
   __shared__ typename End::Blocks from_blocks;
   __shared__ typename Norm::Shared shared;
   Share outputs(a);
@@ -266,18 +279,19 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   product.fetch(a, panel, all, warp, lane);
   const Norm norm(a, warp, lane);
   outputs.aim(a, panel);
-  End end(partial, from_blocks, outputs);
+  End end(rows.partial, from_blocks, outputs);
   typename Norm::Product::Way way(a, all, warp, lane);
   way.keep();
   wait_for_previous();
   product.load_x(a, way, all, warp, lane);
+  product.exchange_x(warp, lane, rows.x);
   norm(a, product, way.tiles, warp, lane, shared);
   for (int round = 0;; ++round) {
     product.clear();
     product.multiply(a, all, warp);
     if (kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
 #pragma unroll
-    for (int p = 0; p < kSide; ++p) product.store(p, partial[p][warp], lane);
+    for (int p = 0; p < kSide; ++p) product.store(p, rows.partial[p][warp], lane);
     __syncthreads();
     if (kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
     end(a, round, [&](int i, float sum) { return shared.normed(outputs.row(i), outputs.sums(i), sum); });

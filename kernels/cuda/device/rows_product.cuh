@@ -233,22 +233,36 @@ __device__ __forceinline__ void keep_global(T*& p) {
   __builtin_assume(__isGlobal(p));
 }
 
-// A lane's way to its part of x: from which element on, of each mma column's row, and how many of a warp's
-// tiles it has inputs of. Columns beyond the rows of x read its last row: nobody reads their sums.
+// A lane's way to its part of x: from which element on, of each of its rows, and how many of a warp's tiles it
+// has inputs of. Rows beyond those of x are its last row: nobody reads their sums.
+//
+// Up to 8 rows a lane reads what it multiplies: 16 bytes of row lane / 4. A block with 16 rows would touch 8
+// of them at once, 64 bytes each, for which the first-level cache takes twice as long as for whole lines. So
+// a warp reads two whole rows, and the lanes get their part in shared memory.
 template <typename T, int kColumns>
 struct WayToX {
+  static constexpr bool kLines = kColumns > 1;
+  static constexpr int kPiece = 32 * 8, kPieces = kWarpTiles;  // of a row
+  static_assert(kPieces * kPiece == kSliceTiles * kTileColumns);
   const T* row[kColumns];
-  int tiles;
+  int tiles, pieces;
   __device__ __forceinline__ WayToX(const RowsCall& a, Slice s, int warp, int lane) {
     const int tile = s.first + warp, column = tile * static_cast<int>(kTileColumns) + lane % 4 * 8;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      row[c] = static_cast<const T*>(a.x) + min(first_row() + c * 8 + lane / 4, a.rows - 1) * a.x_stride +
-               min(column, a.in - 1);
     tiles = 0;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i)
       tiles += tile + i * kWarps < s.last && column + i * kWarps * static_cast<int>(kTileColumns) < a.in;
+    const int begin = s.first * static_cast<int>(kTileColumns) + lane * 8;
+    pieces = 0;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      pieces += begin + i * kPiece < min(s.last * static_cast<int>(kTileColumns), a.in);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int n = kLines ? warp * kColumns + c : lane / 4;
+      row[c] = static_cast<const T*>(a.x) + min(first_row() + n, a.rows - 1) * a.x_stride +
+               min(kLines ? begin : column, a.in - 1);
+    }
   }
   // Computed here, and not behind a wait that follows: the assembler, too, moves what nothing needs.
   __device__ __forceinline__ void keep() {
@@ -257,8 +271,15 @@ struct WayToX {
       keep_global(row[c]);
       asm volatile("prefetch.global.L2 [%0];" ::"l"(row[c]));
     }
-    asm volatile("" : "+r"(tiles));
+    asm volatile("" : "+r"(tiles), "+r"(pieces));
   }
+};
+
+// Where a block's rows of x change lanes. Pitch: no bank conflicts.
+template <int kColumns>
+struct SharedX {
+  static constexpr int kPitch = kSliceTiles * 4 + 4;
+  uint4 rows[kColumns > 1 ? kGroup * kPitch : 1];
 };
 
 // One warp's share of a slice of kPanels panels on the matrix units; kColumns mma columns of 8 rows of x. A
@@ -267,6 +288,7 @@ struct WayToX {
 template <typename T, int kColumns, int kPanels, bool kVectors>
 struct WarpProduct {
   using Way = WayToX<T, kColumns>;
+  static constexpr bool kLines = kVectors && Way::kLines;
   BlockWeights<T, kPanels> weights;
   uint4 x[kWarpTiles][kColumns];
   float sum[kPanels][kColumns][4];
@@ -276,14 +298,15 @@ struct WarpProduct {
     weights.fetch(a, panel, s, warp, lane);
   }
   __device__ __forceinline__ void load_x(const RowsCall& a, const Way& way, Slice s, int warp, int lane) {
+    constexpr int kApart = kLines ? Way::kPiece : kWarps * static_cast<int>(kTileColumns);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
         if constexpr (kVectors) {
           x[i][c] = make_uint4(0, 0, 0, 0);
-          if (i < way.tiles)
-            x[i][c] = *reinterpret_cast<const uint4*>(way.row[c] + i * kWarps * kTileColumns);
+          if (i < (kLines ? way.pieces : way.tiles))
+            x[i][c] = *reinterpret_cast<const uint4*>(way.row[c] + i * kApart);
         } else {
           const int tile = s.first + warp + i * kWarps;
           x[i][c] = make_uint4(0, 0, 0, 0);
@@ -291,6 +314,22 @@ struct WarpProduct {
             x[i][c] =
                 load_inputs<T, false>(a, first_row() + c * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
         }
+  }
+  // x to the lanes that multiply it. A barrier has to follow before `shared` is used again.
+  __device__ __forceinline__ void exchange_x(int warp, int lane, SharedX<kColumns>& shared) {
+    if constexpr (!kLines) return;
+    constexpr int kPitch = SharedX<kColumns>::kPitch;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        shared.rows[(warp * kColumns + c) * kPitch + i * 32 + lane] = x[i][c];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        x[i][c] = shared.rows[(c * 8 + lane / 4) * kPitch + (warp + i * kWarps) * 4 + lane % 4];
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -328,6 +367,7 @@ struct WarpProduct {
 // The same in fp32, by fused multiply-adds: a lane has output lane / 2 and, of each 8 inputs, 4.
 template <int kColumns, bool kVectors>
 struct WarpProduct<float, kColumns, 1, kVectors> {
+  static constexpr bool kLines = false;
   struct Way {
     __device__ __forceinline__ Way(const RowsCall&, Slice, int, int) {}
     __device__ __forceinline__ void keep() {}
@@ -337,6 +377,7 @@ struct WarpProduct<float, kColumns, 1, kVectors> {
   __device__ __forceinline__ explicit WarpProduct(uint4*) {}
   __device__ __forceinline__ void fetch(const RowsCall&, int panel, Slice, int, int) { panel_ = panel; }
   __device__ __forceinline__ void load_x(const RowsCall&, const Way&, Slice, int, int) {}
+  __device__ __forceinline__ void exchange_x(int, int, SharedX<kColumns>&) {}
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < kColumns * 8; ++n) sum[n] = 0;

@@ -59,13 +59,20 @@ struct WeightRing {
   }
 };
 
-// The rows of x from first_row on, as [tile][column][lane].
+// Where a lane's 8 inputs of a tile stand among the tile's: beside those of the next tile, in other banks.
+__device__ __forceinline__ int lane_place(int tile, int lane) { return lane ^ tile % 2 * 4; }
+
+// The rows of x from first_row on, as [tile][column][lane_place]. A warp reads whole lines, each of one row.
 template <typename T, int kColumns>
 __device__ __forceinline__ void share_x(const RowsCall& a, int first_row, uint4* x) {
-#pragma unroll 12
-  for (int i = threadIdx.x; i < a.tiles * kColumns * 32; i += kThreads) {
-    const int lane = i % 32, column = i / 32 % kColumns, tile = i / 32 / kColumns;
-    x[i] = load_inputs<T, true>(a, first_row + column * 8 + lane / 4, tile * kTileColumns + lane % 4 * 8);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll 3
+  for (int piece = static_cast<int>(threadIdx.x) % 32; piece < a.tiles * 4; piece += 32) {
+    const int tile = piece / 4;
+    uint4* to = x + tile * kColumns * 32 + lane_place(tile, warp * 4 + piece % 4);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      to[c * 32] = load_inputs<T, true>(a, first_row + c * 8 + warp, piece * 8);
   }
 }
 
@@ -84,8 +91,11 @@ struct PanelSums {
 #pragma unroll
       for (int j = 0; j < 4; ++j) all[c][j] += other.all[c][j];
   }
-  // The next unit of the ring, of which [first, last) are the tiles; x: this lane's.
-  __device__ __forceinline__ void multiply(const WeightRing<T>& ring, int first, int last, const uint4* x) {
+  // The next unit of the ring, of which [first, last) are the tiles.
+  __device__ __forceinline__ void multiply(const WeightRing<T>& ring, int first, int last, const uint4* x,
+                                           int lane) {
+    static_assert(kWarps % 2 == 0);
+    x += lane_place(first, lane);
     const auto multiply_tile = [&](int i) {
       const uint4 low = ring.weights(i, 0), high = ring.weights(i, 1);
 #pragma unroll
@@ -149,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_kernel(const RowsCall a) {
       for (int w = 0; w < kWarps; ++w) {
         unit.set(0);
         wait_copies<kRingUnits - 1>();
-        unit.multiply(ring, tiles.first + w, tiles.last, x + lane);
+        unit.multiply(ring, tiles.first + w, tiles.last, x, lane);
         ring.fetch(a, lane, stride);
         slice.add(unit);
       }
