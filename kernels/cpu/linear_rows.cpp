@@ -183,11 +183,12 @@ template <typename T>
 void sum_norm(const LinearWeight& w, const Tensor& sums) {
   using Acc = acc_t<T>;
   const int64_t in = w.matrix.cols();
-  const T *gain = w.norm.gain.as<T>(), *bias = w.norm.bias ? w.norm.bias.as<T>() : nullptr;
+  const auto data = [](const Tensor& x) { return x ? x.as<T>() : nullptr; };
+  const T *gain = data(w.norm.gain), *bias = data(w.norm.bias), *own_bias = data(w.bias);
   parallel_for(w.matrix.rows(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
       const T* row = w.matrix.as<T>() + o * w.matrix.row_stride;
-      Acc of_gain = 0, of_bias = 0;
+      Acc of_gain = 0, of_bias = own_bias ? static_cast<Acc>(own_bias[o]) : Acc{0};
       for (int64_t i = 0; i < in; ++i) {
         const auto weight = static_cast<Acc>(row[i]);
         of_gain += weight * static_cast<Acc>(gain[i]);

@@ -39,7 +39,7 @@ __global__ void pack_kernel(const T* matrix, int64_t stride, int out, int in, in
 // A warp has a row of the matrix.
 template <typename T>
 __global__ void pack_norm_kernel(const T* matrix, int64_t stride, int rows, int in, const T* gain,
-                                 const T* bias, float2* sums) {
+                                 const T* bias, const T* own_bias, float2* sums) {
   const int row = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= rows) return;
   float2 sum{};
@@ -53,6 +53,7 @@ __global__ void pack_norm_kernel(const T* matrix, int64_t stride, int rows, int 
     sum.x += __shfl_xor_sync(0xffffffffu, sum.x, other);
     sum.y += __shfl_xor_sync(0xffffffffu, sum.y, other);
   }
+  if (own_bias) sum.y += to_float(own_bias[row]);
   if (lane == 0) sums[row] = sum;
   publish();
 }
@@ -77,7 +78,7 @@ void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums) {
     pack_norm_kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kThreads, 0, stream_of(ctx)>>>(
         static_cast<const T*>(w.matrix.data), w.matrix.row_stride, rows, static_cast<int>(w.matrix.cols()),
         static_cast<const T*>(w.norm.gain.data), static_cast<const T*>(w.norm.bias.data),
-        static_cast<float2*>(sums.data));
+        static_cast<const T*>(w.bias.data), static_cast<float2*>(sums.data));
   });
   check_launch("pack_norm");
 }

@@ -75,13 +75,13 @@ struct Outputs {
     for (int i = 0; i < kCount; ++i) {
       const int n = first_row() + row(i), m = panel * kPanel + output(i);
       const bool inside = element(i) < kElements && n < a.rows && m < a.out;
-      bias_[i] = a.bias && inside ? static_cast<const T*>(a.bias)[m] : T(0.0f);
       to_[i] = inside ? static_cast<char*>(a.y) + (n * a.y_stride + m) * (a.y_fp32 ? 4 : sizeof(T)) : nullptr;
       keep_global(to_[i]);
       if constexpr (kNorm) {
         sums_[i] = inside ? a.sums[m] : float2{};
         continue;
       }
+      bias_[i] = a.bias && inside ? static_cast<const T*>(a.bias)[m] : T(0.0f);
       from_[i] =
           a.residual && inside ? static_cast<const T*>(a.residual) + n * a.residual_stride + m : nullptr;
       keep_global(from_[i]);
@@ -91,12 +91,13 @@ struct Outputs {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) residual_[i] = from_[i] ? *from_[i] : T(0.0f);
   }
-  // Behind a norm: W gain and W shift of the output.
+  // Behind a norm: W gain, and W shift and the bias, of the output.
   __device__ __forceinline__ float2 sums(int i) const { return sums_[i]; }
   // All at once, so that one need not wait for another.
   __device__ __forceinline__ void write(const RowsCall& a, float (&sum)[kCount]) const {
+    if constexpr (!kNorm)
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] += to_float(bias_[i]);
+      for (int i = 0; i < kCount; ++i) sum[i] += to_float(bias_[i]);
     if (a.gelu)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sum[i] = gelu_of<T>(sum[i]);
@@ -309,17 +310,25 @@ struct RowsGrid {
   int places(int resident) const { return std::max(multiprocessors() * resident / cluster / groups, 1); }
 };
 
-// Dynamic shared memory with which a block is the only one of its kernel on a multiprocessor, and takes
-// little more than half of it. Blocks that start early would otherwise stand two by two where the kernel
-// ahead has none, and take longest there; and one of every other kernel of a step still finds room.
+// Dynamic shared memory with which a multiprocessor has room for at most so many of a kernel's blocks. Blocks
+// that start early would otherwise stand together where the kernel ahead has none, and take longest there;
+// and one of every other kernel of a step still finds room.
 template <typename... Parameters>
-unsigned alone_shared(void (*kernel)(Parameters...)) {
+unsigned crowd_shared(void (*kernel)(Parameters...), int most) {
   constexpr int kGrain = 128;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "linear");
-  const int more_than_half = (shared_memory_limit() - kReservedShared) / 2 + kGrain;
-  return static_cast<unsigned>(std::max(more_than_half - static_cast<int>(attributes.sharedSizeBytes), 0));
+  const int too_much = (shared_memory_limit() + kReservedShared) / (most + 1) - kReservedShared + kGrain;
+  return static_cast<unsigned>(std::max(too_much - static_cast<int>(attributes.sharedSizeBytes), 0));
 }
+
+// The most blocks of a kernel that are to stand on a multiprocessor; 0: as many as find room. Behind a norm
+// one; smaller ones, two.
+template <int kColumns, int kSide, Input kInput>
+constexpr int kCrowd = kColumns == 1 || kInput == Input::elements ? 0
+                       : kSide == 1                               ? 2
+                       : kInput == Input::norm                    ? 1
+                                                                  : 0;
 
 template <typename T, int kColumns, int kSide, Input kInput>
 void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int places) {
@@ -332,12 +341,11 @@ void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int place
     else
       return rows_kernel<T, kColumns, kSide, kInput, false>;
   }();
+  constexpr int kMost = kCrowd<kColumns, kSide, kInput>;
   unsigned shared = BlockWeights<T, kSide>::kSharedBytes;
-  if constexpr (kSide > 1) {
-    if (kInput == Input::norm && grid.groups <= 2) shared = std::max(shared, alone_shared(kernel));
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "linear");
-  }
+  if (sizeof(T) == 2 && kMost > 0 && grid.groups <= 2) shared = std::max(shared, crowd_shared(kernel, kMost));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "linear");
   const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
          {.grid = dim3(static_cast<unsigned>(across * grid.cluster), static_cast<unsigned>(grid.groups)),

@@ -84,6 +84,10 @@ void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums) {
     check_shape("pack_norm", "norm.bias", w.norm.bias, Shape{in});
     check_dtype("pack_norm", "norm.bias", w.norm.bias, w.matrix.dtype);
   }
+  if (w.bias) {
+    check_shape("pack_norm", "bias", w.bias, Shape{out});
+    check_dtype("pack_norm", "bias", w.bias, w.matrix.dtype);
+  }
   check_shape("pack_norm", "sums", sums, Shape{out, 2});
   check_dtype("pack_norm", "sums", sums, main_dtype(w.matrix.dtype));
   if (ctx.rehearsal) return;

@@ -55,9 +55,9 @@ struct LinearWeight {
 void pack_panels(const Context& ctx, const Tensor& matrix, Tensor& panels);
 Shape panels_shape(const Tensor& matrix);
 
-// sums[o] = (sum of W[o, i] gain[i], sum of W[o, i] bias[i]) over i, with w.norm's gain and bias, which may
-// be empty: what a GPU's row-invariant kernel has to know beforehand to compute the norm as well. Without,
-// the norm is an operation of its own; on the CPU it always is.
+// sums[o] = (sum of W[o, i] gain[i], sum of W[o, i] bias[i] + the layer's bias[o]) over i, with w.norm's gain
+// and bias; either bias may be empty. It is what a GPU's row-invariant kernel has to know beforehand to
+// compute the norm as well. Without, the norm is an operation of its own; on the CPU it always is.
 void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums);
 
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);

@@ -42,11 +42,15 @@ TEST(LinearRows, PanelsHoldTheMatrixAndZeros) {
 }
 
 TEST(LinearRows, SumsOfANormByHand) {
-  TensorBuffer w(DType::f16, {2, 3}), gain(DType::f16, {3}), bias(DType::f16, {3}), sums(DType::f32, {2, 2});
+  TensorBuffer w(DType::f16, {2, 3}), gain(DType::f16, {3}), bias(DType::f16, {3}), own_bias(DType::f16, {2});
+  TensorBuffer sums(DType::f32, {2, 2});
   w.set(std::vector<double>{1, 2, -3, 0.5, 0, 4});
   gain.set(std::vector<double>{2, -1, 0.25});
   bias.set(std::vector<double>{1, 3, 2});
+  own_bias.set(std::vector<double>{4, -0.5});
   kernels::Tensor view = sums;
+  kernels::pack_norm({}, {w, own_bias, {}, {{}, gain, bias, {}}}, view);
+  EXPECT_EQ(sums.values(), (std::vector<double>{-0.75, 5, 2, 8}));
   kernels::pack_norm({}, {w, {}, {}, {{}, gain, bias, {}}}, view);
   EXPECT_EQ(sums.values(), (std::vector<double>{-0.75, 1, 2, 8.5}));
   kernels::pack_norm({}, {w, {}, {}, {{}, gain, {}, {}}}, view);

@@ -108,6 +108,7 @@ void Linear::pack(const Context& ctx, kernels::Arena& panels, const Norm* norm) 
   if (!panels.measuring()) kernels::pack_panels(ctx, w.matrix, panels_);
   if (!norm || !ctx.device.is_cuda()) return;  // the CPU's norm is an operation of its own
   norm->put_ahead(w);
+  if (bias_ >= 0) w.bias = store_->fused_weight(bias_, last_bias_);
   norm_sums_ = panels.allocate("norm sums", kernels::main_dtype(store_->compute()), {outputs(), 2});
   if (!panels.measuring()) kernels::pack_norm(ctx, w, norm_sums_);
 }

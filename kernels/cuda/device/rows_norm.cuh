@@ -3,12 +3,12 @@
 //
 // With r = 1 / the norm's deviation, s the power of two next below r, m = s mean rounded to x's type:
 //   y = W ((x - mean) r gain + shift) + bias
-//     = r / s (W ((s x - m) gain) - (s mean - m) W gain) + W shift + bias
+//     = r / s (W ((s x - m) gain) - (s mean - m) W gain) + (W shift + bias)
 // s x - m and its product with the gain are rounded to x's type, in which two are computed at once; they are
 // as large as the norm itself, so that this costs one rounding more and neither range nor cancellation. W
-// gain and W shift come with the weights (pack_norm). The matrix units give the moments of x: sums and
-// squares of a warp's inputs, relative to the first one of them, which keeps what cancels below the number of
-// inputs.
+// gain, and W shift with the bias, come with the weights (pack_norm). The matrix units give the moments of x:
+// sums and squares of a warp's inputs, relative to the first one of them, which keeps what cancels below the
+// number of inputs.
 #include "kernels/cuda/device/rows_product.cuh"
 
 namespace kernels::cuda {

@@ -28,7 +28,7 @@ struct RowsCall {
   unsigned inverse;           // 65536 / blocks, rounded up
   bool gelu, y_fp32;
   const void* gain;    // of a norm ahead: null where there is none
-  const float2* sums;  // W gain and W shift of each output
+  const float2* sums;  // W gain, and W shift and the bias, of each output
   bool layer;
   float eps, share;  // share: 1 / in
 
@@ -233,12 +233,12 @@ __device__ __forceinline__ void keep_global(T*& p) {
   __builtin_assume(__isGlobal(p));
 }
 
-// A lane's way to its part of x: from which element on, of each of its rows, and how many of a warp's tiles it
-// has inputs of. Rows beyond those of x are its last row: nobody reads their sums.
+// A lane's way to its part of x: from which element on, of each of its rows, and how many of a warp's tiles
+// it has inputs of. Rows beyond those of x are its last row: nobody reads their sums.
 //
-// Up to 8 rows a lane reads what it multiplies: 16 bytes of row lane / 4. A block with 16 rows would touch 8
-// of them at once, 64 bytes each, for which the first-level cache takes twice as long as for whole lines. So
-// a warp reads two whole rows, and the lanes get their part in shared memory.
+// Up to 8 rows a lane reads what it multiplies: 16 bytes of row lane / 4. A warp then touches 64 bytes of
+// each row at once, for which the first-level cache takes twice as long as for whole lines. So in a block
+// with 16 rows a warp reads two whole ones, and the lanes get their part in shared memory.
 template <typename T, int kColumns>
 struct WayToX {
   static constexpr bool kLines = kColumns > 1;
@@ -279,7 +279,7 @@ struct WayToX {
 template <int kColumns>
 struct SharedX {
   static constexpr int kPitch = kSliceTiles * 4 + 4;
-  uint4 rows[kColumns > 1 ? kGroup * kPitch : 1];
+  uint4 rows[(kColumns > 1 ? kGroup : 1) * kPitch];
 };
 
 // One warp's share of a slice of kPanels panels on the matrix units; kColumns mma columns of 8 rows of x. A
