@@ -344,9 +344,8 @@ void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int place
   constexpr int kMost = kCrowd<kColumns, kSide, kInput>;
   unsigned shared = BlockWeights<T, kSide>::kSharedBytes;
   if (sizeof(T) == 2 && kMost > 0 && grid.groups <= 2) shared = std::max(shared, crowd_shared(kernel, kMost));
-  if (shared > 0)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "linear");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        "linear");
   const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
          {.grid = dim3(static_cast<unsigned>(across * grid.cluster), static_cast<unsigned>(grid.groups)),
