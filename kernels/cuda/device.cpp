@@ -102,6 +102,9 @@ void copy_bytes(void* dst, const void* src, size_t bytes) {
   // Streams here do not wait for the default stream, so what they still have to do comes first.
   check(cudaDeviceSynchronize(), "waiting for the GPU");
   check(cudaMemcpy(dst, src, bytes, cudaMemcpyDefault), "copying GPU memory");
+  // It may return while the GPU still writes: what comes from memory that is not page-locked has only left it
+  // then, and copies within a GPU have only begun.
+  check(cudaStreamSynchronize(nullptr), "copying GPU memory");
 }
 
 void copy_async(void* dst, const void* src, size_t bytes, void* stream) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 
 #include "kernels/core/stream.h"
@@ -108,14 +109,20 @@ std::vector<std::vector<Row>> Decoder::step(const std::vector<Tree>& trees) {
 
 void Decoder::commit(const std::vector<std::vector<int>>& accepted) {
   const auto b = static_cast<int64_t>(accepted.size());
-  TensorBuffer rows(DType::i32, {b, kernels::kMaxDecodeRows}, device_), counts(DType::i32, {b}, device_),
-      lengths = ints(lengths_);
+  constexpr double kNoRow = -1000000;  // never read
+  TensorBuffer rows(DType::i32, {b, kernels::kMaxDecodeRows}, device_);
+  const TensorBuffer lengths = ints(lengths_);
+  std::vector<double> chosen(static_cast<size_t>(rows.tensor().numel()), kNoRow);
+  std::vector<int> counts;
   for (size_t i = 0; i < accepted.size(); ++i) {
-    counts.set(i, static_cast<double>(accepted[i].size()));
-    for (size_t j = 0; j < accepted[i].size(); ++j) rows.set(i * kernels::kMaxDecodeRows + j, accepted[i][j]);
-    lengths_[i] += static_cast<int>(accepted[i].size());
+    std::copy(accepted[i].begin(), accepted[i].end(),
+              chosen.begin() + static_cast<int64_t>(i) * kernels::kMaxDecodeRows);
+    counts.push_back(static_cast<int>(accepted[i].size()));
+    lengths_[i] += counts.back();
   }
-  const kernels::CommitPath path{rows, counts, lengths};
+  rows.set(chosen);
+  const TensorBuffer taken = ints(counts);
+  const kernels::CommitPath path{rows, taken, lengths};
   if (kind_ == Kind::softmax) {
     kernels::commit_rows(ctx(), path, false, k_);
     kernels::commit_rows(ctx(), path, false, v_);

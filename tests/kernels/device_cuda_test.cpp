@@ -5,6 +5,7 @@
 
 #include "kernels/core/device.h"
 #include "kernels/core/error.h"
+#include "kernels/core/stream.h"
 
 namespace kernels {
 namespace {
@@ -28,6 +29,26 @@ TEST(CudaDevice, MoreMemoryThanThereIsIsRefusedAndWorkGoesOn) {
   copy_bytes(back.data(), {}, data, kGpu, 12);
   free_bytes(kGpu, data);
   EXPECT_EQ(back, sent);
+}
+
+// Streams of our own do not wait for a copy, so it must have ended: this one takes far longer than starting
+// to read what it writes last.
+TEST(CudaDevice, ACopyHasEndedWhenItReturns) {
+  if (cuda_device_count() == 0) GTEST_SKIP() << "no GPU here: " << cuda_problem();
+  constexpr size_t kBytes = size_t{1} << 29;
+  const OwnedStream stream(kGpu);
+  auto* from = static_cast<char*>(allocate_bytes(kGpu, kBytes));
+  auto* to = static_cast<char*>(allocate_bytes(kGpu, kBytes));
+  void* seen = allocate_bytes(kGpu, sizeof(int));
+  const int old = 1, sent = 7;
+  copy_bytes(to + kBytes - sizeof(int), kGpu, &old, {}, sizeof(int));
+  copy_bytes(from + kBytes - sizeof(int), kGpu, &sent, {}, sizeof(int));
+  copy_bytes(to, kGpu, from, kGpu, kBytes);
+  copy_async(seen, to + kBytes - sizeof(int), sizeof(int), kGpu, stream.get());
+  int got = 0;
+  copy_bytes(&got, {}, seen, kGpu, sizeof(int));
+  EXPECT_EQ(got, sent);
+  for (void* data : {static_cast<void*>(from), static_cast<void*>(to), seen}) free_bytes(kGpu, data);
 }
 
 }  // namespace
