@@ -30,6 +30,11 @@ TEST_P(DecodeKinds, PlainDecodingIsTheDefinition) {
                         {.sums = static_cast<double>(2 * count + s.width)});
 }
 
+TEST_P(DecodeKinds, ChainsAreTheDefinition) {
+  const int count = 150;
+  expect_definition(maker(GetParam()), {4, 2, 16}, DType::f32, count, {.sums = 2 * count + 16.0}, 40);
+}
+
 TEST_P(DecodeKinds, PrefillInChainsEqualsOneByOneBitForBit) {
   for (DType dtype : {DType::f16, DType::f32})
     expect_chains_equal_plain(maker(GetParam()), {4, 2, 16}, dtype, 200, 4);

@@ -66,6 +66,19 @@ std::vector<double> values_of(Token token, int which, int64_t count) {
                                 static_cast<uint64_t>(token) * 3 + static_cast<uint64_t>(which) + 1);
 }
 
+StepTensors::StepTensors(Kind kind, Sizes s, DType dtype, int64_t count, int64_t sequences,
+                         kernels::Device device, int64_t padding)
+    : q(dtype, {count, s.heads, s.width}, device, padding),
+      k(dtype, {count, s.key_heads, s.width}, device, padding),
+      v(dtype, {count, s.key_heads, s.width}, device, padding),
+      o(kind == Kind::linear_plain ? kernels::main_dtype(dtype) : dtype, {count, s.heads, s.width}, device),
+      first(DType::i32, {sequences + 1}, device),
+      lengths(DType::i32, {sequences}, device),
+      positions(DType::i32, {count}, device),
+      masks(DType::i64, {count}, device),
+      accepted(DType::i32, {sequences, kernels::kMaxDecodeRows}, device),
+      accepted_counts(DType::i32, {sequences}, device) {}
+
 Decoder::Decoder(Kind kind, Sizes s, DType dtype, size_t sequences, kernels::Device device, int64_t capacity)
     : kind_(kind), s_(s), dtype_(dtype), device_(device), lengths_(sequences, 0) {
   const auto b = static_cast<int64_t>(sequences);
@@ -85,18 +98,34 @@ Decoder& Decoder::operator=(const Decoder& other) {
   for (auto [to, from] :
        {std::pair{&k_, &other.k_}, {&v_, &other.v_}, {&sum_, &other.sum_}, {&z_, &other.z_}}) {
     *to = TensorBuffer(from->tensor().dtype, from->tensor().shape, device_);
-    to->set(from->values());
+    support::copy(*from, *to);
   }
+  step_.reset();
   return *this;
 }
 
 std::vector<std::vector<Row>> Decoder::step(const std::vector<Tree>& trees) {
-  std::vector<double> first = {0}, positions, bits, inputs[3];
+  fill(trees);
+  run();
+  const auto all = step_->o.values();
+  std::vector<std::vector<Row>> result;
+  auto at = all.begin();
+  for (const Tree& tree : trees) {
+    result.emplace_back();
+    for (size_t i = 0; i < tree.size(); ++i, at += s_.heads * s_.width)
+      result.back().emplace_back(at, at + s_.heads * s_.width);
+  }
+  return result;
+}
+
+void Decoder::fill(const std::vector<Tree>& trees) {
+  std::vector<double> first = {0}, positions, inputs[3];
+  std::vector<int64_t> masks;
   for (size_t b = 0; b < trees.size(); ++b) {
     for (size_t i = 0; i < trees[b].size(); ++i) {
       const uint64_t mask = ancestors(trees[b], i);
       positions.push_back(lengths_[b] + std::popcount(mask) - 1);
-      masks_.push_back(static_cast<int64_t>(mask));
+      masks.push_back(static_cast<int64_t>(mask));
       for (int which = 0; which < 3; ++which) {
         const auto x = values_of(trees[b][i].token, which, (which == 0 ? s_.heads : s_.key_heads) * s_.width);
         inputs[which].insert(inputs[which].end(), x.begin(), x.end());
@@ -104,31 +133,47 @@ std::vector<std::vector<Row>> Decoder::step(const std::vector<Tree>& trees) {
     }
     first.push_back(static_cast<double>(positions.size()));
   }
-  return run(trees, first, positions, inputs);
+  const auto count = static_cast<int64_t>(positions.size()), sequences = static_cast<int64_t>(trees.size());
+  if (!step_ || step_->q.tensor().dim(0) != count || step_->lengths.tensor().dim(0) != sequences)
+    step_.emplace(kind_, s_, dtype_, count, sequences, device_, 8);
+  else
+    step_->o.poison();
+  step_->q.set(inputs[0]), step_->k.set(inputs[1]), step_->v.set(inputs[2]);
+  step_->first.set(first), step_->positions.set(positions);
+  step_->lengths.set(std::vector<double>(lengths_.begin(), lengths_.end()));
+  kernels::copy_bytes(step_->masks.tensor().data, device_, masks.data(), {}, step_->masks.tensor().bytes());
+}
+
+void Decoder::run() {
+  if (kind_ == Kind::softmax) {
+    const auto decode = [&](const kernels::Context& context) {
+      kernels::softmax_attention_decode(context, step_->q, step_->k, step_->v, step_->rows(), k_, v_,
+                                        step_->o);
+    };
+    support::run_rehearsed(device_, {}, decode);
+  } else {
+    kernels::LinearAttentionState state{sum_, z_, k_, v_};
+    kernels::linear_attention_decode(ctx(), {.normalise = kind_ == Kind::linear}, step_->q, step_->k,
+                                     step_->v, step_->rows(), state, step_->o);
+  }
 }
 
 void Decoder::commit(const std::vector<std::vector<int>>& accepted) {
-  const auto b = static_cast<int64_t>(accepted.size());
   constexpr double kNoRow = -1000000;  // never read
-  TensorBuffer rows(DType::i32, {b, kernels::kMaxDecodeRows}, device_);
-  const TensorBuffer lengths = ints(lengths_);
-  std::vector<double> chosen(static_cast<size_t>(rows.tensor().numel()), kNoRow);
-  std::vector<int> counts;
+  std::vector<double> rows(accepted.size() * kernels::kMaxDecodeRows, kNoRow), counts;
   for (size_t i = 0; i < accepted.size(); ++i) {
     std::copy(accepted[i].begin(), accepted[i].end(),
-              chosen.begin() + static_cast<int64_t>(i) * kernels::kMaxDecodeRows);
-    counts.push_back(static_cast<int>(accepted[i].size()));
-    lengths_[i] += counts.back();
+              rows.begin() + static_cast<int64_t>(i) * kernels::kMaxDecodeRows);
+    counts.push_back(static_cast<double>(accepted[i].size()));
+    lengths_[i] += static_cast<int>(accepted[i].size());
   }
-  rows.set(chosen);
-  const TensorBuffer taken = ints(counts);
-  const kernels::CommitPath path{rows, taken, lengths};
+  step_->accepted.set(rows), step_->accepted_counts.set(counts);
   if (kind_ == Kind::softmax) {
-    kernels::commit_rows(ctx(), path, false, k_);
-    kernels::commit_rows(ctx(), path, false, v_);
+    kernels::commit_rows(ctx(), step_->path(), false, k_);
+    kernels::commit_rows(ctx(), step_->path(), false, v_);
   } else {
     kernels::LinearAttentionState state{sum_, z_, k_, v_};
-    kernels::linear_attention_commit(ctx(), path, state);
+    kernels::linear_attention_commit(ctx(), step_->path(), state);
   }
 }
 
@@ -146,47 +191,7 @@ int Decoder::room(size_t b) const {
                                 : static_cast<int>(kFold - lengths_[b] % kFold);
 }
 
-TensorBuffer Decoder::ints(const std::vector<int>& x) const {
-  TensorBuffer buffer(DType::i32, {static_cast<int64_t>(x.size())}, device_);
-  buffer.set(std::vector<double>(x.begin(), x.end()));
-  return buffer;
-}
-
-std::vector<std::vector<Row>> Decoder::run(const std::vector<Tree>& trees, const std::vector<double>& first,
-                                           const std::vector<double>& positions,
-                                           const std::vector<double> (&inputs)[3]) {
-  const auto n = static_cast<int64_t>(positions.size());
-  TensorBuffer q(dtype_, {n, s_.heads, s_.width}, device_, 8),
-      k(dtype_, {n, s_.key_heads, s_.width}, device_, 8), v(dtype_, {n, s_.key_heads, s_.width}, device_, 8),
-      first_row(DType::i32, {static_cast<int64_t>(first.size())}, device_),
-      position(DType::i32, {n}, device_), masks(DType::i64, {n}, device_), lengths = ints(lengths_);
-  TensorBuffer o(kind_ == Kind::linear_plain ? kernels::main_dtype(dtype_) : dtype_, {n, s_.heads, s_.width},
-                 device_);
-  q.set(inputs[0]), k.set(inputs[1]), v.set(inputs[2]), first_row.set(first), position.set(positions);
-  kernels::copy_bytes(masks.tensor().data, device_, masks_.data(), {}, masks.tensor().bytes());
-  const kernels::DecodeRows rows{first_row, lengths, position, masks};
-  if (kind_ == Kind::softmax) {
-    const auto decode = [&](const kernels::Context& context) {
-      kernels::softmax_attention_decode(context, q, k, v, rows, k_, v_, o);
-    };
-    support::run_rehearsed(device_, {}, decode);
-  } else {
-    kernels::LinearAttentionState state{sum_, z_, k_, v_};
-    kernels::linear_attention_decode(ctx(), {.normalise = kind_ == Kind::linear}, q, k, v, rows, state, o);
-  }
-  masks_.clear();
-  const auto all = o.values();
-  std::vector<std::vector<Row>> result;
-  auto at = all.begin();
-  for (const Tree& tree : trees) {
-    result.emplace_back();
-    for (size_t i = 0; i < tree.size(); ++i, at += s_.heads * s_.width)
-      result.back().emplace_back(at, at + s_.heads * s_.width);
-  }
-  return result;
-}
-
-void expect_definition(const Maker& make, Sizes s, DType dtype, int count, Allowed allowed) {
+void expect_definition(const Maker& make, Sizes s, DType dtype, int count, Allowed allowed, int at_once) {
   SCOPED_TRACE(std::string(name_of(dtype)) + ", head size " + std::to_string(s.width));
   std::vector<double> inputs[3];
   for (Token t = 0; t < count; ++t)
@@ -209,11 +214,16 @@ void expect_definition(const Maker& make, Sizes s, DType dtype, int count, Allow
   // fp16's subnormal numbers are 2^-24 apart.
   const double fixed =
       (main_unit * allowed.sums + unit_of(dtype) * allowed.factors) * largest + (unit > 0 ? 0x1p-25 : 0);
-  for (Token t = 0; t < count; ++t) {
-    const Row o = decoder.plain({t});
-    for (size_t i = 0; i < o.size(); ++i) {
-      const double y = expected[static_cast<size_t>(t) * o.size() + i];
-      ASSERT_NEAR(o[i], y, unit * std::abs(y) + fixed) << "token " << t;
+  for (Token t = 0; t < count;) {
+    const int taken = std::min({at_once, decoder.room(0), count - t});
+    const auto rows = decoder.step({chain(tokens_from(t, taken))})[0];
+    decoder.commit({first_rows(taken)});
+    for (int row = 0; row < taken; ++row, ++t) {
+      const Row& o = rows[static_cast<size_t>(row)];
+      for (size_t i = 0; i < o.size(); ++i) {
+        const double y = expected[static_cast<size_t>(t) * o.size() + i];
+        ASSERT_NEAR(o[i], y, unit * std::abs(y) + fixed) << "token " << t;
+      }
     }
   }
 }
@@ -332,16 +342,11 @@ void expect_recorded_equals_eager(
     Decoder eager, int count, const std::function<void(const kernels::Context&, const StepTensors&)>& step) {
   const kernels::Device device = eager.device();
   const Sizes s = eager.sizes();
-  const kernels::Shape heads{1, s.heads, s.width}, key_heads{1, s.key_heads, s.width};
-  const auto buffer = [&](kernels::Shape shape) { return TensorBuffer(eager.dtype(), shape, device); };
-  StepTensors t{.q = buffer(heads),
-                .k = buffer(key_heads),
-                .v = buffer(key_heads),
-                .o = buffer(heads),
-                .first = support::buffer_of(DType::i32, {2}, {0, 1}, device),
-                .lengths = support::buffer_of(DType::i32, {1}, {0}, device),
-                .positions = support::buffer_of(DType::i32, {1}, {0}, device),
-                .masks = support::buffer_of(DType::i64, {1}, {1}, device)};
+  StepTensors t(eager.kind(), s, eager.dtype(), 1, 1, device);
+  t.first.set(std::vector<double>{0, 1});
+  for (TensorBuffer* zero : {&t.lengths, &t.positions, &t.accepted})
+    zero->set(std::vector<double>(static_cast<size_t>(zero->tensor().numel())));
+  for (TensorBuffer* one : {&t.masks, &t.accepted_counts}) one->set(0, 1);
   const kernels::OwnedStream stream(device);
   const auto on_tensors = [&](const kernels::Context& ctx) { step(ctx, t); };
   const support::Rehearsed rehearsed(device, stream.get(), on_tensors);

@@ -1,6 +1,7 @@
 #pragma once
 // Decoding step by step, of softmax and linear attention, on any device; and what must hold of it everywhere.
 #include <functional>
+#include <optional>
 #include <random>
 
 #include "kernels/core/context.h"
@@ -36,6 +37,19 @@ std::vector<Token> tokens_from(Token first, int count);
 // The values of q (which = 0), k (1) or v (2) of a token.
 std::vector<double> values_of(Token token, int which, int64_t count);
 
+// What a step of `count` rows reads and writes.
+struct StepTensors {
+  TensorBuffer q, k, v, o;
+  TensorBuffer first, lengths, positions, masks;
+  TensorBuffer accepted, accepted_counts;
+
+  // padding: behind each row of q, k and v.
+  StepTensors(Kind kind, Sizes s, DType dtype, int64_t count, int64_t sequences, kernels::Device device,
+              int64_t padding = 0);
+  kernels::DecodeRows rows() const { return {first, lengths, positions, masks}; }
+  kernels::CommitPath path() const { return {accepted, accepted_counts, lengths}; }
+};
+
 // Decoding states of one kind for a batch of sequences, poisoned where nothing was written.
 class Decoder {
  public:
@@ -61,10 +75,8 @@ class Decoder {
 
  private:
   kernels::Context ctx() const { return {.device = device_, .stream = {}}; }
-  TensorBuffer ints(const std::vector<int>& x) const;
-  std::vector<std::vector<Row>> run(const std::vector<Tree>& trees, const std::vector<double>& first,
-                                    const std::vector<double>& positions,
-                                    const std::vector<double> (&inputs)[3]);
+  void fill(const std::vector<Tree>& trees);
+  void run();
 
   Kind kind_;
   Sizes s_;
@@ -72,7 +84,8 @@ class Decoder {
   kernels::Device device_;
   std::vector<int> lengths_;
   TensorBuffer k_, v_, sum_, z_;
-  std::vector<int64_t> masks_;
+  // Of the last step, and for the next one of as many rows: under compute-sanitizer memory is slow to get.
+  std::optional<StepTensors> step_;
 };
 
 // Makes decoders of the kind and device under test.
@@ -83,8 +96,8 @@ using Maker = std::function<Decoder(Sizes, DType, size_t sequences)>;
 struct Allowed {
   double sums, factors = 0;
 };
-// Token by token against the definition on the same rounded inputs.
-void expect_definition(const Maker& make, Sizes s, DType dtype, int count, Allowed allowed);
+// Against the definition on the same rounded inputs: token by token, or in chains of `at_once`.
+void expect_definition(const Maker& make, Sizes s, DType dtype, int count, Allowed allowed, int at_once = 1);
 
 // Chains, the longest that there is room for and in each further sample random ones, give the bits that
 // single tokens give.
@@ -99,12 +112,6 @@ void expect_trees_equal_plain(const Maker& make, Sizes s, DType dtype, const std
 // of every sequence's tree and of the token after it.
 std::vector<std::vector<Row>> expect_sequences_apart(const Maker& make, Sizes s, DType dtype);
 
-// The tensors of a step of one row of one sequence.
-struct StepTensors {
-  TensorBuffer q, k, v, o;
-  TensorBuffer first, lengths, positions, masks;
-  kernels::DecodeRows rows() const { return {first, lengths, positions, masks}; }
-};
 // On a GPU: `step`, recorded once, then launched for each of `count` tokens, writes into o what a fresh
 // decoder gives. What it reads of the sequence beyond its tensors is its own.
 void expect_recorded_equals_eager(

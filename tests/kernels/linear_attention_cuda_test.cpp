@@ -55,9 +55,7 @@ TEST(CudaLinearGraph, ADecodingStepIsRecordedOnce) {
   const auto zeros = [](DType dtype, kernels::Shape shape) {
     return support::buffer_of(dtype, shape, std::vector<double>(static_cast<size_t>(shape.numel())), kCuda);
   };
-  const TensorBuffer rows = zeros(DType::i32, {1, kernels::kMaxDecodeRows}),
-                     counts = support::buffer_of(DType::i32, {1}, {1}, kCuda),
-                     sum = zeros(DType::f32, {1, 1, width, width}), z = zeros(DType::f32, {1, 1, width}),
+  const TensorBuffer sum = zeros(DType::f32, {1, 1, width, width}), z = zeros(DType::f32, {1, 1, width}),
                      recent_k(DType::f32, {1, 2 * kFold, 1, width}, kCuda),
                      recent_v(DType::f16, {1, 2 * kFold, 1, width}, kCuda);
   kernels::LinearAttentionState state{sum, z, recent_k, recent_v};
@@ -65,7 +63,7 @@ TEST(CudaLinearGraph, ADecodingStepIsRecordedOnce) {
       Decoder(Kind::linear, {2, 1, width}, DType::f16, 1, kCuda), 2 * static_cast<int>(kFold) + 5,
       [&](const kernels::Context& ctx, const StepTensors& t) {
         kernels::linear_attention_decode(ctx, {}, t.q, t.k, t.v, t.rows(), state, t.o);
-        kernels::linear_attention_commit(ctx, {rows, counts, t.lengths}, state);
+        kernels::linear_attention_commit(ctx, t.path(), state);
       });
 }
 

@@ -174,10 +174,12 @@ TEST_P(CudaSoftmaxDecodeLong, ListsEqualOneByOneBitForBit) {
   expect_chains_equal_plain(p, p.sizes, p.dtype, p.count, 1);
 }
 
+// In chains, which give the bits of single tokens: see above.
 TEST_F(CudaSoftmaxDecode, TheLongestListIsTheDefinition) {
   const LongList& p = kLongest;
   expect_definition(p, p.sizes, p.dtype, p.count,
-                    {.sums = static_cast<double>(4 * (p.count + p.sizes.width)), .factors = 1});
+                    {.sums = static_cast<double>(4 * (p.count + p.sizes.width)), .factors = 1},
+                    kernels::kMaxDecodeRows);
 }
 
 TEST_F(CudaSoftmaxDecode, SequencesDoNotTouchEachOther) {

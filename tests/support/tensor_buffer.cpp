@@ -85,7 +85,7 @@ void TensorBuffer::poison() {
 void TensorBuffer::set(std::span<const double> values) {
   if (values.size() != static_cast<size_t>(tensor_.numel()))
     throw std::invalid_argument("wrong number of values");
-  auto data = host();
+  auto data = tensor_.dense() ? std::vector<char>(size()) : host();
   visit(tensor_.dtype, [&](auto tag) {
     using T = decltype(tag);
     const size_t cols = static_cast<size_t>(tensor_.cols()), stride = static_cast<size_t>(tensor_.row_stride);
