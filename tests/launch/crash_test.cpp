@@ -63,10 +63,11 @@ class Crash : public Job {
     fs::remove_all(run());
     return calls;
   }
-  // Enough steps behind the first checkpoint for a signal to come before the last of them on a busy machine.
+  // So many that a signal behind the first checkpoint comes before the last step: on a busy machine, and
+  // where the disk is slow, too, since the third checkpoint waits for the first.
   void many_steps() {
-    config_.train.steps = 240;
-    config_.checkpoint.every = 40;
+    config_.train.steps = 400;
+    config_.checkpoint.every = 150;
     save();
   }
   // What the job says and how it ends when rank `rank` gets `signal` behind the first checkpoint.
@@ -123,7 +124,7 @@ TEST_F(Crash, ARankThatHangsEndsTheJobAndItGoesOn) {
   many_steps();
   run_whole();
   const int64_t usual = config_.comm.deadline_seconds;
-  config_.comm.deadline_seconds = 20;  // a slow disk holds a rank for seconds while it saves
+  config_.comm.deadline_seconds = 20;  // a slow disk holds the other rank for seconds, too
   save();
   expect_given_up(signal_rank("1", SIGSTOP), "waiting for rank 1");
   config_.comm.deadline_seconds = usual;

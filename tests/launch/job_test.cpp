@@ -70,7 +70,6 @@ TEST_F(Job, Usr1SavesAndStopsAndResumeGoesOn) {
   config_.checkpoint.every = 0;
   save();
   support::Process process = support::ranks_process(2, {FORETELL_BINARY, "train", file_});
-  process.timeout_seconds = 120;
   support::Running job(process);
   for (int i = 0; i < 600 && !fs::exists(run() / "status.json"); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(100));

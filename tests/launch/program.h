@@ -39,7 +39,7 @@ inline Outcome run_shell(const std::string& command) {
   const TemporaryFolder folder;
   const std::string errors = (folder.path() / "errors").string();
   const support::ProcessResult result =
-      support::run({{"bash", "-c", "{ " + command + "; } 2>" + errors + " </dev/null"}, {}, 120});
+      support::run({{"bash", "-c", "{ " + command + "; } 2>" + errors + " </dev/null"}, {}});
   EXPECT_FALSE(result.timed_out) << command;
   return {result.exit_code, result.output, read_text(errors)};
 }

@@ -16,12 +16,12 @@ struct ProcessResult {
 struct Process {
   std::vector<std::string> arguments;                            // the program is searched in PATH
   std::vector<std::pair<std::string, std::string>> environment;  // added to this process's own
-  double timeout_seconds = 60;                                   // then it is killed
+  double timeout_seconds = 180;                                  // then it is killed
 };
 
 ProcessResult run(const Process& process);
 // `arguments` under mpirun with this many ranks, as the launch scripts do it.
-ProcessResult run_ranks(int ranks, std::vector<std::string> arguments, double timeout_seconds = 60);
+ProcessResult run_ranks(int ranks, std::vector<std::string> arguments, double timeout_seconds = 180);
 Process ranks_process(int ranks, std::vector<std::string> arguments);
 
 // The processes that `pid` started, with theirs, parents first.
