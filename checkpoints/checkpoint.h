@@ -22,6 +22,9 @@ struct Attributes {
   std::map<std::string, int64_t> integers;  // "step", "updates", "tokens", ...
 };
 
+// Whether a checkpoint may be read while another one is being written: not with every build of HDF5.
+bool reads_beside_writes();
+
 struct NamedTensor {
   std::string name;  // "master/blocks.0.attention.q.weight", "m/...", "v/...", "state/optimizer": '/' makes
                      // HDF5 groups

@@ -15,6 +15,11 @@ void prepare_thread() {
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }
 
+bool is_thread_safe() {
+  hbool_t safe = false;
+  return H5is_library_threadsafe(&safe) >= 0 && safe;
+}
+
 void check(int64_t status, const std::string& what) {
   if (status >= 0) return;
   std::string reason = "HDF5 failed";
@@ -62,10 +67,16 @@ std::vector<hsize_t> dims_of(const kernels::Shape& shape) {
   return dims;
 }
 
-int64_t band_rows(const kernels::Shape& shape, DType dtype) {
-  int64_t row = static_cast<int64_t>(kernels::size_of(dtype));
-  for (int i = 1; i < shape.rank(); ++i) row *= shape[i];
-  return std::max<int64_t>(1, kSlabBytes / std::max<int64_t>(1, row));
+std::vector<hsize_t> slab_of(const kernels::Shape& shape, DType dtype) {
+  std::vector<hsize_t> slab = dims_of(shape);
+  int64_t budget = kSlabBytes / static_cast<int64_t>(kernels::size_of(dtype));
+  for (size_t i = slab.size(); i-- > 0;) {
+    const auto length = std::max<int64_t>(static_cast<int64_t>(slab[i]), 1);
+    const int64_t most = std::clamp<int64_t>(budget, 1, length), parts = (length + most - 1) / most;
+    slab[i] = static_cast<hsize_t>((length + parts - 1) / parts);
+    budget /= length;
+  }
+  return slab;
 }
 
 void select_rows(hid_t space, const std::vector<hsize_t>& dims, int64_t begin, int64_t count) {

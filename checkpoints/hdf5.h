@@ -17,6 +17,7 @@ inline constexpr int64_t kSlabBytes = int64_t{1} << 20;
 // Turns off the library's own error printing (a setting of the thread) and its clean-up at exit, which
 // crashes after a write that failed. Before the first call in each function that enters from outside.
 void prepare_thread();
+bool is_thread_safe();
 
 // Throws CheckpointError("<what>: <the library's innermost reason>") for a negative status.
 void check(int64_t status, const std::string& what);
@@ -44,8 +45,9 @@ Id file_access();  // properties: earliest format, no lock files
 hid_t type_of(kernels::DType dtype);
 Id simple_space(const std::vector<hsize_t>& dims);
 std::vector<hsize_t> dims_of(const kernels::Shape& shape);
-// Rows that make about 1 MiB, at least 1.
-int64_t band_rows(const kernels::Shape& shape, kernels::DType dtype);
+// The parts in which a tensor is stored, written and read: neighbours, at most 1 MiB (kSlabBytes), of nearly
+// equal size, so that the last of them, stored as large as the others, wastes little.
+std::vector<hsize_t> slab_of(const kernels::Shape& shape, kernels::DType dtype);
 // Selects rows [begin, begin + count) of the dataset's space.
 void select_rows(hid_t space, const std::vector<hsize_t>& dims, int64_t begin, int64_t count);
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <map>
 
+#include "checkpoints/hdf5.h"
 #include "checkpoints/verify.h"
 
 namespace checkpoints {
@@ -14,6 +15,8 @@ namespace {
 constexpr uint64_t kLongestManifest = uint64_t{256} << 20;
 
 }  // namespace
+
+bool reads_beside_writes() { return hdf5::is_thread_safe(); }
 
 struct Reader::Impl {
   Path directory;

@@ -139,7 +139,7 @@ void ShardReader::read(const Dataset& expected, const Band& fn) const {
   if (bytes == 0) return fn(0, {});
   const Id space = hdf5::simple_space(dims);
   const int64_t rows = expected.shape[0],
-                band = std::min(rows, hdf5::band_rows(expected.shape, expected.dtype));
+                band = static_cast<int64_t>(hdf5::slab_of(expected.shape, expected.dtype)[0]);
   std::vector<std::byte> buffer(static_cast<size_t>(band * (bytes / rows)));
   for (int64_t row = 0; row < rows; row += band) {
     const int64_t count = std::min(band, rows - row);

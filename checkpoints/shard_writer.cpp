@@ -42,12 +42,7 @@ Id create_properties(const Dataset& dataset) {
   check(H5Pset_obj_track_times(properties, false), "HDF5 times");
   const int64_t element = static_cast<int64_t>(kernels::size_of(dataset.dtype));
   if (dataset.shape.numel() * element <= hdf5::kSlabBytes) return properties;
-  std::vector<hsize_t> chunk = hdf5::dims_of(dataset.shape);
-  int64_t budget = hdf5::kSlabBytes / element;
-  for (size_t i = chunk.size(); i-- > 0;) {
-    chunk[i] = static_cast<hsize_t>(std::clamp<int64_t>(budget, 1, static_cast<int64_t>(chunk[i])));
-    budget /= static_cast<int64_t>(chunk[i]);
-  }
+  const std::vector<hsize_t> chunk = hdf5::slab_of(dataset.shape, dataset.dtype);
   check(H5Pset_chunk(properties, static_cast<int>(chunk.size()), chunk.data()), "HDF5 chunks");
   return properties;
 }
@@ -103,7 +98,8 @@ void ShardWriter::write(const Dataset& dataset, const std::byte* data) {
     write_integers(set, "global_shape", global);
     write_integers(set, "rows", {dataset.begin, dataset.begin + dataset.shape[0]});
   }
-  const int64_t rows = dataset.shape[0], band = hdf5::band_rows(dataset.shape, dataset.dtype);
+  const int64_t rows = dataset.shape[0],
+                band = static_cast<int64_t>(hdf5::slab_of(dataset.shape, dataset.dtype)[0]);
   const int64_t row_bytes =
       dataset.shape.numel() == 0 ? 0 : checked_bytes(dataset.name, dataset.dtype, dataset.shape) / rows;
   for (int64_t row = 0; row_bytes > 0 && row < rows; row += band) {

@@ -1,5 +1,6 @@
 // The command line: finds the subcommand, reports errors in one line, ends the whole job with one exit code.
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <cstdio>
 
@@ -88,6 +89,10 @@ int run(const Arguments& arguments, Job& job) {
 }  // namespace launch
 
 int main(int argc, char** argv) {
+  // What is freed stays here: a checkpoint goes through thousands of blocks of a MiB, and those that the
+  // system gave anew each time would have to be cleared.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 128 << 20);
   launch::Job job(&argc, &argv);
   return launch::run({argv + 1, argv + argc}, job);
 }

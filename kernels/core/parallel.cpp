@@ -117,6 +117,9 @@ int threads() {
   return team()->count();
 }
 
+OnOneThread::OnOneThread() : before_(std::exchange(inside_region, true)) {}
+OnOneThread::~OnOneThread() { inside_region = before_; }
+
 void detail::run_region(RegionFn fn, void* state) {
   if (inside_region || threads() == 1) return fn(state, 0, 1);
   team()->run(fn, state);

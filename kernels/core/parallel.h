@@ -14,6 +14,19 @@ int available_cores();
 void set_threads(int count);
 int threads();
 
+// While it lives, regions that this thread starts run on it alone: for work beside that of the team, which
+// serves one thread at a time.
+class OnOneThread {
+ public:
+  OnOneThread();
+  ~OnOneThread();
+  OnOneThread(const OnOneThread&) = delete;
+  OnOneThread& operator=(const OnOneThread&) = delete;
+
+ private:
+  bool before_;
+};
+
 namespace detail {
 using RegionFn = void (*)(void* state, int thread, int count);
 void run_region(RegionFn fn, void* state);

@@ -26,7 +26,7 @@ CommandLine command_line() {
       ("output", text(), "folder to write; required")                                                   //
       ("tokenizer", text()->default_value("sentencepiece:2048"),
        "bytes, sentencepiece:N (trained, N tokens) or FILE (a SentencePiece model or a prepared folder)")  //
-      ("val-fraction", po::value<double>()->default_value(0.05),
+      ("val-fraction", po::value<double>()->default_value(0.05, "0.05"),
        "part of the documents kept for validation, chosen by their content")  //
       ("validation-input", repeatable()->multitoken(),
        "folders or globs whose files all go to validation; then --val-fraction is not used")  //

@@ -83,11 +83,12 @@ trainer::TrainResult train(const configs::Config& config, comm::Communicator& wo
   options.progress_bar = on_terminal();
   options.resume = resume;
   options.stop_requested = [&] { return status.stop_requested(); };
-  // Text is generated on CPU cores.
-  options.on_checkpoint = [&](const fs::path& checkpoint) { append_sample(config, {}, checkpoint); };
+  Samples samples(config, world.rank() == 0 && ctx.device.is_cuda());
+  options.on_checkpoint = [&](const fs::path& checkpoint) { samples.append(checkpoint); };
   try {
     const trainer::TrainResult result = trainer::train(config, world, ctx, options);
     status.ended(result);
+    if (result.reason == trainer::StopReason::finished) samples.finish();
     return result;
   } catch (...) {
     status.failed(std::current_exception());

@@ -1,5 +1,6 @@
 // Jobs that are killed outright, at any moment, or of which one rank no longer answers: nothing keeps
 // running, and going on ends with the same bits as a job that was left alone.
+#include <fmt/format.h>
 #include <signal.h>
 
 #include <chrono>
@@ -101,8 +102,11 @@ class Crash : public Job {
     EXPECT_EQ(status()["state"], "finished");
     EXPECT_EQ(support::metric(run(), "loss"), support::metric(whole_, "loss"));
     EXPECT_TRUE(stored_state(run()) == stored_state(whole_));
-    // A job that was killed after its last checkpoint saves no more, and so clears nothing away.
+    // A job that was killed after its last checkpoint saves no more: it makes no sample and clears nothing
+    // away.
     const bool saved = resumed.output.find("saved ") != std::string::npos;
+    const std::string sample = fmt::format("==== step {}:", config_.train.steps);
+    EXPECT_TRUE(!saved || read_text(run() / "samples.txt").find(sample) != std::string::npos);
     for (const auto& entry : fs::directory_iterator(run() / "checkpoints"))
       EXPECT_FALSE(saved && entry.path().filename().string().starts_with(".tmp")) << entry.path();
   }
