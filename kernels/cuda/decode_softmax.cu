@@ -274,6 +274,7 @@ __device__ __forceinline__ void take_rounds(const Tiles<T>& p, const Tile& t, ui
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, kResident<D>) softmax_decode_kernel(const Tiles<T> p) {
   let_next_start();
+  if (static_cast<int>(blockIdx.y) >= p.step.sequences * p.step.key_heads) return wait_for_previous();
   const Tile t = tile_of(p);
   if (t.rows <= 0) return;
   uint64_t ancestors = 0;
@@ -344,6 +345,14 @@ Grid grid_of(int64_t group, int64_t rows, int64_t capacity, int64_t width, int64
   }
 }
 
+// Blocks along y that hold places only. Two of the kernel behind would stand together on a multiprocessor
+// that has no block of this one, and keep those behind them out. That matters where that kernel has a block
+// for nearly every multiprocessor: beyond 16 rows of one sequence.
+int64_t idle_blocks(const Grid& g, int64_t busy) {
+  const int64_t across = g.tiles << g.shift;
+  return g.tiles > g.parts ? std::max<int64_t>(multiprocessors() / across - busy, 0) : 0;
+}
+
 template <typename T, int D>
 void launch_tiles(const Context& ctx, Tiles<T> p, const Grid& g) {
   constexpr const char* kName = "softmax_attention_decode";
@@ -353,8 +362,9 @@ void launch_tiles(const Context& ctx, Tiles<T> p, const Grid& g) {
     const int place = std::min(i, (g.stages << g.shift) - 1);
     p.rank[i] = place & ((1 << g.shift) - 1), p.ahead[i] = (place >> g.shift) * kStageBytes<D>;
   }
+  const int64_t busy = p.step.sequences * p.step.key_heads;
   const dim3 grid(static_cast<unsigned>(g.tiles << g.shift),
-                  static_cast<unsigned>(p.step.sequences * p.step.key_heads));
+                  static_cast<unsigned>(busy + idle_blocks(g, busy)));
   launch(ctx, kName,
          {.grid = grid,
           .block = dim3(kThreads),
