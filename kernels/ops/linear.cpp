@@ -96,13 +96,16 @@ void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums) {
   return cpu::pack_norm(ctx, w, sums);
 }
 
+bool computes_norm(Device device, const Tensor& x, const LinearWeight& w) {
+  if constexpr (kCudaEnabled) return device.is_cuda() && cuda::linear_rows_norms(x, w);
+  return false;
+}
+
 namespace {
 // Calls layer(norm(x), w without the norm) and returns true where the norm is an operation of its own.
 template <typename Layer>
 bool with_norm_ahead(const Context& ctx, const Tensor& x, const LinearWeight& w, const Layer& layer) {
-  if (!w.norm.gain) return false;
-  if constexpr (kCudaEnabled)
-    if (ctx.device.is_cuda() && cuda::linear_rows_norms(x, w)) return false;
+  if (!w.norm.gain || computes_norm(ctx.device, x, w)) return false;
   const ArenaScope scope(*ctx.scratch);
   const Tensor normed = ctx.scratch->allocate("normed", x.dtype, x.shape);
   norm(ctx, w.norm.params, x, w.norm.gain, w.norm.bias, normed, {});

@@ -59,6 +59,8 @@ Shape panels_shape(const Tensor& matrix);
 // and bias; either bias may be empty. It is what a GPU's row-invariant kernel has to know beforehand to
 // compute the norm as well. Without, the norm is an operation of its own; on the CPU it always is.
 void pack_norm(const Context& ctx, const LinearWeight& w, Tensor& sums);
+// Whether linear and linear_gelu compute the norm of x in such a kernel.
+bool computes_norm(Device device, const Tensor& x, const LinearWeight& w);
 
 void linear(const Context& ctx, const Tensor& x, const LinearWeight& w, Tensor y);
 // `pre` may be empty where no backward follows.

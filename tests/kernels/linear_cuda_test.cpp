@@ -69,9 +69,9 @@ TEST_F(CudaLinearRows, ANormIsComputedWithTheLayerWhereItsSumsArePacked) {
   const rows_layer::RowsLayer layer(ctx_, DType::f16, 40, 200);
   const TensorBuffer x(DType::f16, {3, 200}, kGpu);
   kernels::LinearWeight w = layer.norm_weight();
-  EXPECT_TRUE(kernels::cuda::linear_rows_norms(x, w));
+  EXPECT_TRUE(kernels::computes_norm(kGpu, x, w));
   w.norm.sums = {};
-  EXPECT_FALSE(kernels::cuda::linear_rows_norms(x, w));
+  EXPECT_FALSE(kernels::computes_norm(kGpu, x, w));
 }
 
 TEST_F(CudaLinearRows, ANaNStaysInItsRow) {
