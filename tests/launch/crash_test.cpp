@@ -51,7 +51,7 @@ class Crash : public Job {
   Outcome train_with_faults(const std::string& faults) {
     const std::string train_it = FORETELL_BINARY " " + train("--resume auto ");
     return run_shell("source " FORETELL_SOURCE "/launch/mpi_env.sh; mpirun -np 1 env LD_PRELOAD=" FAULT_SHIM
-                     " ASAN_OPTIONS=verify_asan_link_order=0 FAULT_BELOW=" +
+                     " ASAN_OPTIONS=verify_asan_link_order=0:detect_leaks=0 FAULT_BELOW=" +
                      (run() / "checkpoints").string() + " " + faults + " " + train_it + " : -np 1 " +
                      train_it);
   }
