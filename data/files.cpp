@@ -167,8 +167,9 @@ NewFolder::NewFolder(const fs::path& target, const std::function<bool(const fs::
   std::error_code error;
   if (fs::exists(fs::symlink_status(target_)) &&
       !(fs::is_directory(target_) && fs::is_empty(target_, error)) && !replaceable(target_))
-    throw DataError(
-        fmt::format("{}: exists already; choose another folder or ask to overwrite it", target.string()));
+    throw DataError(fmt::format(
+        "{}: exists already; choose another folder (--overwrite replaces prepared data, nothing else)",
+        target.string()));
   const fs::path parent = target_.parent_path();
   fs::create_directories(parent, error);
   if (error) fail(parent, "create", error.value());
