@@ -18,11 +18,13 @@ namespace {
 // About 50 microseconds of spinning before a thread sleeps: longer than the gaps inside a decode step,
 // shorter than a scheduler tick.
 constexpr int kSpins = 4000;
+// After about 2 microseconds the caller, done with its own part, looks what others have not begun.
+constexpr int kPatience = 40;
 thread_local bool inside_region = false;
 
 class Team {
  public:
-  explicit Team(int count) : count_(count) {
+  explicit Team(int count) : count_(count), claims_(static_cast<size_t>(count)) {
     for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   ~Team() {
@@ -37,15 +39,16 @@ class Team {
     fn_ = fn;
     state_ = state;
     pending_.store(count_ - 1, std::memory_order_relaxed);
-    epoch_.fetch_add(1);  // ordered before the look at sleepers_, so that no wake-up is missed
+    const uint32_t epoch = epoch_.fetch_add(1) + 1;  // ahead of sleepers_, so that no wake-up is missed
     if (sleepers_.load() > 0) epoch_.notify_all();
     call(0);
-    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0;)
-      if (++spins < kSpins) {
+    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins) {
+      if (spins == kPatience) take_over(epoch);
+      if (spins < kSpins)
         _mm_pause();
-      } else {
+      else
         sched_yield();
-      }
+    }
     if (failed_.load(std::memory_order_relaxed)) {
       failed_ = false;
       std::rethrow_exception(std::exchange(error_, nullptr));
@@ -63,6 +66,21 @@ class Team {
     inside_region = false;
   }
 
+  // Whether thread `i`'s part of region `epoch` has not been begun, and is the asker's to do now.
+  bool claim(int i, uint32_t epoch) {
+    uint32_t before = epoch - 1;
+    return claims_[static_cast<size_t>(i)].epoch.compare_exchange_strong(before, epoch);
+  }
+  void finish(int i) {
+    call(i);
+    pending_.fetch_sub(1, std::memory_order_release);
+  }
+  // Does what threads that sleep, or have no core at the moment, have not begun.
+  void take_over(uint32_t epoch) {
+    for (int i = 1; i < count_; ++i)
+      if (claim(i, epoch)) finish(i);
+  }
+
   void work(int thread) {
     uint32_t seen = 0;
     while (true) {
@@ -75,12 +93,17 @@ class Team {
       }
       seen = epoch_.load(std::memory_order_acquire);
       if (stop_) return;
-      call(thread);
-      pending_.fetch_sub(1, std::memory_order_release);
+      if (claim(thread, seen)) finish(thread);
     }
   }
 
+  // The last region in which a thread's part was begun.
+  struct alignas(64) Claim {
+    std::atomic<uint32_t> epoch{0};
+  };
+
   const int count_;
+  std::vector<Claim> claims_;
   std::vector<std::thread> workers_;
   alignas(64) std::atomic<uint32_t> epoch_{0};
   alignas(64) std::atomic<int> pending_{0};

@@ -32,8 +32,9 @@ using RegionFn = void (*)(void* state, int thread, int count);
 void run_region(RegionFn fn, void* state);
 }  // namespace detail
 
-// Calls fn(thread, count) once on each thread of the team and returns when all are done. The first exception
-// is rethrown.
+// Calls fn(part, count) once for each thread of the team, on that thread, and returns when all are done; what
+// a thread has not begun because it sleeps, or another program has its core, the caller does. Parts must not
+// wait for each other. The first exception is rethrown.
 template <typename Fn>
 void parallel_region(Fn&& fn) {
   using F = std::remove_reference_t<Fn>;
@@ -41,8 +42,7 @@ void parallel_region(Fn&& fn) {
 }
 
 // Splits [0, n) into one contiguous range per thread, in multiples of grain, and calls fn(begin, end) on
-// each. Work of at most one grain stays on the caller. Which thread gets which range depends on n, grain and
-// threads() alone.
+// each. Work of at most one grain stays on the caller. The ranges depend on n, grain and threads() alone.
 template <typename Fn>
 void parallel_for(int64_t n, int64_t grain, Fn&& fn) {
   const int64_t blocks = (n + grain - 1) / grain;

@@ -158,13 +158,15 @@ HWY_INLINE void with_lanes(int64_t width, Fn&& fn) {
   }
 }
 
-// Calls fn(std::integral_constant<int, count>(), first) for blocks of up to kMost queries, evenly filled.
+// Calls fn(std::integral_constant<int, count>(), first) for blocks of up to kMost of the task's queries,
+// evenly filled.
 template <int kMost, class Fn>
-HWY_INLINE void for_query_blocks(int64_t queries, Fn&& fn) {
-  const int64_t blocks = (queries + kMost - 1) / kMost;
+HWY_INLINE void for_query_blocks(const DecodeTask& t, Fn&& fn) {
+  const int64_t blocks = (t.queries + kMost - 1) / kMost;
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = queries * i / blocks;
-    call_with<kMost>(queries * (i + 1) / blocks - first, [&](auto count) HWY_ATTR { fn(count, first); });
+    const int64_t first = t.queries * i / blocks;
+    call_with<kMost>(t.queries * (i + 1) / blocks - first,
+                     [&](auto count) HWY_ATTR { fn(count, t.first_query + first); });
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 // One sequence's share of a decoding step, and how a step is spread over threads.
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/core/parallel.h"
@@ -18,13 +19,12 @@ struct DecodeSequence {
   const int64_t* ancestors;
 };
 
-// Decoding of one key head of one sequence. Its queries are counted row by row and within a row by head.
+// Some queries of one key head of one sequence: counted row by row and within a row by head.
 struct DecodeTask {
-  const Tensor &q, &k, &v, &o;
+  const Tensor &q, &k, &o;
   DecodeSequence sequence;
-  int64_t key_head;
+  int64_t key_head, first_query, queries;
   int64_t group = q.dim(1) / k.dim(1);
-  int64_t queries() const { return sequence.rows * group; }
   // x is q or o.
   HeadView of_query(const Tensor& x, int64_t query) const {
     return head_view(x, sequence.first_row + query / group, key_head * group + query % group);
@@ -52,23 +52,53 @@ T* cache_head(const Tensor& cache, int64_t sequence, int64_t head) {
   return cache.as<T>() + sequence * cache.row_stride + head * cache.dim(3);
 }
 
-// Copies the step's rows of one head into their slots.
-template <class T>
-void append_rows(const Tensor& x, const DecodeSequence& s, int64_t head, const Tensor& cache) {
-  const int64_t width = x.dim(2), stride = cache.dim(2) * width;
-  T* to = cache_head<T>(cache, s.index, head) + s.first_slot * stride;
-  const T* from = x.as<T>() + s.first_row * x.row_stride + head * width;
-  for (int64_t j = 0; j < s.rows; ++j)
-    std::memcpy(to + j * stride, from + j * x.row_stride, static_cast<size_t>(width) * sizeof(T));
+// One head of the stored rows from `slot` on.
+inline HeadView slot_view(const Tensor& cache, int64_t sequence, int64_t head, int64_t slot) {
+  const int64_t width = cache.dim(3), stride = cache.dim(2) * width;
+  const int64_t offset = sequence * cache.row_stride + slot * stride + head * width;
+  return {static_cast<char*>(cache.data) + offset * size_of(cache.dtype), cache.dtype, stride, width};
 }
 
-// Calls fn(sequence, key head) for all; on several threads where `work` (multiply-adds) is worth waking them.
+// Copies the step's rows of one head into their slots.
+inline void append_rows(const Tensor& x, const DecodeSequence& s, int64_t head, const Tensor& cache) {
+  const size_t bytes = static_cast<size_t>(x.dim(2)) * size_of(x.dtype);
+  const HeadView from = head_view(x, s.first_row, head);
+  for (int64_t j = 0; j < s.rows; ++j) {
+    const HeadView to = slot_view(cache, s.index, head, s.first_slot + j);
+    std::memcpy(to.data, static_cast<char*>(from.data) + j * from.row_stride * size_of(x.dtype), bytes);
+  }
+}
+
+// How many of `tasks` a thread takes at least: all where `work` (multiply-adds) is not worth waking others.
+inline int64_t decode_grain(int64_t tasks, int64_t work) {
+  constexpr int64_t kWorthwhile = 1 << 16;
+  return work < kWorthwhile ? std::max<int64_t>(1, tasks) : 1;
+}
+
+// Calls fn(sequence, key head) for all.
 template <typename Fn>
 void for_each_decode_head(int64_t sequences, int64_t heads, int64_t work, Fn&& fn) {
-  constexpr int64_t kWorthwhile = 1 << 16;
   const int64_t tasks = sequences * heads;
-  parallel_for(tasks, work < kWorthwhile ? tasks : 1, [&](int64_t begin, int64_t end) {
+  parallel_for(tasks, decode_grain(tasks, work), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) fn(task / heads, task % heads);
+  });
+}
+
+// Calls fn(sequence, key head, first query, queries) until all queries of the step have had their turn: as
+// many on each thread, since key heads are often fewer than threads.
+template <typename Fn>
+void for_each_decode_query(const DecodeRows& rows, int64_t heads, int64_t key_heads, int64_t work, Fn&& fn) {
+  const int32_t* first_row = rows.first_row.as<int32_t>();
+  const int64_t sequences = rows.lengths.rows(), total = (first_row[sequences] - first_row[0]) * heads;
+  parallel_for(total, decode_grain(total, work), [&](int64_t begin, int64_t end) {
+    int64_t at = 0;
+    for (int64_t b = 0; b < sequences; ++b) {
+      const int64_t count = (first_row[b + 1] - first_row[b]) * heads / key_heads;
+      for (int64_t head = 0; head < key_heads; ++head, at += count) {
+        const int64_t first = std::max(begin, at), last = std::min(end, at + count);
+        if (first < last) fn(b, head, first - at, last - first);
+      }
+    }
   });
 }
 

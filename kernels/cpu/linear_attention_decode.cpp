@@ -22,13 +22,6 @@ struct LinearDecodeTask : DecodeTask {
 HWY_BEFORE_NAMESPACE();
 namespace kernels::cpu::HWY_NAMESPACE {
 
-// One head of the stored rows from `slot` on.
-template <class T>
-HeadView slots_view(const Tensor& cache, int64_t sequence, int64_t head, int64_t slot) {
-  const int64_t width = cache.dim(3), stride = cache.dim(2) * width;
-  return {cache_head<T>(cache, sequence, head) + slot * stride, cache.dtype, stride, width};
-}
-
 template <class A>
 A* state_head(const Tensor& x, int64_t sequence, int64_t head) {
   return x.as<A>() + sequence * x.row_stride + head * (x.cols() / x.dim(1));
@@ -68,26 +61,26 @@ void linear_decode_queries(D d, const LinearDecodeTask& t, int64_t first) {
   }
 }
 
-// phi of the step's keys of one head, into their slots.
-template <class A>
-void append_features(const Tensor& k, const DecodeSequence& s, int64_t head, const Tensor& recent) {
-  const int64_t width = k.dim(2), ld = padded(width);
-  A* features = staging<A>(0, kMaxDecodeRows * ld);
-  load_tile<A>(head_view(k, s.first_row, head), s.rows, 1, features, ld);
-  feature_tile(features, ld, s.rows, width);
-  store_tile<A>(features, ld, s.rows, 1, slots_view<A>(recent, s.index, head, s.first_slot));
+// The step's rows of one head into their slots, keys as phi(k).
+void LinearAppend(const Tensor& k, const Tensor& v, const DecodeSequence& s, int64_t head,
+                  const LinearAttentionState& state) {
+  visit_dtype(state.recent_k.dtype, [&](auto tag) {
+    using A = acc_t<decltype(tag)>;
+    const int64_t width = k.dim(2), ld = padded(width);
+    A* features = staging<A>(0, kMaxDecodeRows * ld);
+    load_tile<A>(head_view(k, s.first_row, head), s.rows, 1, features, ld);
+    feature_tile(features, ld, s.rows, width);
+    store_tile<A>(features, ld, s.rows, 1, slot_view(state.recent_k, s.index, head, s.first_slot));
+  });
+  append_rows(v, s, head, state.recent_v);
 }
 
 void LinearDecode(const LinearDecodeTask& t) {
   visit_dtype(t.q.dtype, [&](auto tag) {
     using T = decltype(tag);
-    using A = acc_t<T>;
-    const DecodeSequence& s = t.sequence;
-    append_features<A>(t.k, s, t.key_head, t.state.recent_k);
-    append_rows<T>(t.v, s, t.key_head, t.state.recent_v);
-    with_lanes<A>(t.q.dim(2), [&](auto d) {
+    with_lanes<acc_t<T>>(t.q.dim(2), [&](auto d) {
       for_query_blocks<kQueriesOf<decltype(d)>>(
-          t.queries(), [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
+          t, [&](auto r, int64_t first) { linear_decode_queries<r(), T>(d, t, first); });
     });
   });
 }
@@ -100,7 +93,7 @@ void LinearFold(const LinearAttentionState& state, int64_t sequence, int64_t hea
     const int64_t width = state.recent_k.dim(3), ld = padded(width), stride = state.recent_k.dim(2) * width;
     A *values = staging<A>(0, kFold * ld), *sum = staging<A>(1, width * ld);
     const A* features = cache_head<A>(state.recent_k, sequence, head);
-    load_tile<A>(slots_view<T>(state.recent_v, sequence, head, 0), kFold, 1, values, ld);
+    load_tile<A>(slot_view(state.recent_v, sequence, head, 0), kFold, 1, values, ld);
     const HeadView s{state_head<A>(state.s, sequence, head), state.s.dtype, width, width};
     load_tile<A>(s, width, 1, sum, ld);
     product(true, width, ld, kFold, Left<A>{features, 1, stride}, values, ld, sum, ld);
@@ -117,22 +110,29 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace kernels::cpu {
 
+HWY_EXPORT(LinearAppend);
 HWY_EXPORT(LinearDecode);
 HWY_EXPORT(LinearFold);
 
 void linear_attention_decode(const Context&, const LinearAttentionParams& params, const Tensor& q,
                              const Tensor& k, const Tensor& v, const DecodeRows& rows,
                              LinearAttentionState& state, Tensor o) {
-  const int64_t sequences = state.s.rows();
+  const int64_t sequences = state.s.rows(), heads = q.dim(1), key_heads = k.dim(1);
   int64_t work = 0;
   for (int64_t b = 0; b < sequences; ++b) {
     const DecodeSequence s = decode_sequence(rows, b, true);
     check_decode_sequence("linear_attention_decode", s, 2 * kFold, q.rows());
     work += s.rows * (2 * s.first_slot + s.rows + q.dim(2)) * q.cols();
   }
-  for_each_decode_head(sequences, k.dim(1), work, [&](int64_t b, int64_t head) {
-    HWY_DYNAMIC_DISPATCH(LinearDecode)({{q, k, v, o, decode_sequence(rows, b, true), head}, params, state});
+  constexpr int64_t kFeature = 8;  // multiply-adds of one feature
+  for_each_decode_head(sequences, key_heads, k.rows() * k.cols() * kFeature, [&](int64_t b, int64_t head) {
+    HWY_DYNAMIC_DISPATCH(LinearAppend)(k, v, decode_sequence(rows, b, true), head, state);
   });
+  for_each_decode_query(rows, heads, key_heads, work,
+                        [&](int64_t b, int64_t head, int64_t first, int64_t queries) {
+                          HWY_DYNAMIC_DISPATCH(LinearDecode)
+                          ({{q, k, o, decode_sequence(rows, b, true), head, first, queries}, params, state});
+                        });
 }
 
 void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearAttentionState& state) {

@@ -67,11 +67,9 @@ void softmax_decode_queries(D d, const SoftmaxDecodeTask& t, int64_t first) {
 void SoftmaxDecode(const SoftmaxDecodeTask& t) {
   visit_dtype(t.q.dtype, [&](auto tag) {
     using T = decltype(tag);
-    append_rows<T>(t.k, t.sequence, t.key_head, t.cache_k);
-    append_rows<T>(t.v, t.sequence, t.key_head, t.cache_v);
     with_lanes<acc_t<T>>(t.q.dim(2), [&](auto d) {
       for_query_blocks<kQueriesOf<decltype(d)>>(
-          t.queries(), [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
+          t, [&](auto r, int64_t first) { softmax_decode_queries<r(), T>(d, t, first); });
     });
   });
 }
@@ -86,17 +84,23 @@ HWY_EXPORT(SoftmaxDecode);
 
 void softmax_attention_decode(const Context&, const Tensor& q, const Tensor& k, const Tensor& v,
                               const DecodeRows& rows, Tensor cache_k, Tensor cache_v, Tensor o) {
-  const int64_t sequences = cache_k.rows();
+  const int64_t sequences = cache_k.rows(), heads = q.dim(1), key_heads = k.dim(1);
   int64_t work = 0;
   for (int64_t b = 0; b < sequences; ++b) {
     const DecodeSequence s = decode_sequence(rows, b, false);
     check_decode_sequence("softmax_attention_decode", s, cache_k.dim(1), q.rows());
     work += s.rows * (s.length + s.rows) * q.cols() * 2;
   }
-  for_each_decode_head(sequences, k.dim(1), work, [&](int64_t b, int64_t head) {
-    HWY_DYNAMIC_DISPATCH(SoftmaxDecode)
-    ({{q, k, v, o, decode_sequence(rows, b, false), head}, cache_k, cache_v});
+  for_each_decode_head(sequences, key_heads, k.rows() * k.cols() * 2, [&](int64_t b, int64_t head) {
+    const DecodeSequence s = decode_sequence(rows, b, false);
+    append_rows(k, s, head, cache_k);
+    append_rows(v, s, head, cache_v);
   });
+  for_each_decode_query(
+      rows, heads, key_heads, work, [&](int64_t b, int64_t head, int64_t first, int64_t queries) {
+        HWY_DYNAMIC_DISPATCH(SoftmaxDecode)
+        ({{q, k, o, decode_sequence(rows, b, false), head, first, queries}, cache_k, cache_v});
+      });
 }
 
 }  // namespace kernels::cpu
