@@ -10,6 +10,7 @@
 #include <new>
 #include <thread>
 
+#include "kernels/core/cores.h"
 #include "kernels/core/error.h"
 #include "kernels/core/parallel.h"
 
@@ -103,7 +104,7 @@ int choose_threads(const comm::Session& session, bool speaks, int64_t wanted) {
   const int on_machine = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
   const int threads = wanted > 0 ? static_cast<int>(wanted) : std::max(1, cores / session.local_size());
   if (!speaks) return threads;
-  if (cores == 1 && on_machine > 1 && session.local_size() > 1)
+  if (kernels::allowed_cores() == 1 && on_machine > 1 && session.local_size() > 1)
     fmt::print(stderr, "warning: mpirun bound each rank to one of {} cores; start it with --bind-to none\n",
                on_machine);
   else if (threads * session.local_size() > cores)

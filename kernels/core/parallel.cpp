@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/core/cores.h"
+
 namespace kernels {
 
 namespace {
@@ -120,13 +122,6 @@ std::unique_ptr<Team>& team() {
 }
 
 }  // namespace
-
-int available_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return std::max(1, CPU_COUNT(&set));
-}
 
 void set_threads(int count) {
   const int wanted = count > 0 ? count : available_cores();

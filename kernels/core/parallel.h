@@ -7,8 +7,6 @@
 
 namespace kernels {
 
-// Cores this process may run on (its affinity mask), which is what threads default to.
-int available_cores();
 // Number of threads of the team, the caller included. May be set again between regions. 0 means
 // available_cores().
 void set_threads(int count);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/core/cores.h"
 #include "kernels/core/parallel.h"
 #include "launch/command_line.h"
 #include "launch/plan_table.h"
