@@ -29,6 +29,19 @@ std::string read(const fs::path& file) {
   return text.str();
 }
 
+void train_alone(const configs::Config& config) {
+  const auto ranks = comm::make_local_communicator();
+  trainer::train(config, *ranks, kernels::Context{}, {});
+}
+
+// Evaluates and gives report.json back, and the lines of progress where they are wanted.
+Json evaluated(LoadedModel& loaded, const fs::path& output, std::vector<std::string>* lines = nullptr) {
+  evaluate(kernels::Context{}, loaded, output, output, [&](const std::string& line) {
+    if (lines != nullptr) lines->push_back(line);
+  });
+  return Json::parse(read(output / "report.json"));
+}
+
 // One run for all tests: training it takes a second.
 class Evaluate : public testing::Test {
  protected:
@@ -38,8 +51,7 @@ class Evaluate : public testing::Test {
     support::prepare_tiny_data(folder_->path());
     configs::Config config = support::tiny_config(folder_->path());
     config.train.steps = 40;
-    const auto ranks = comm::make_local_communicator();
-    trainer::train(config, *ranks, kernels::Context{}, {});
+    train_alone(config);
   }
   static void TearDownTestSuite() { delete folder_; }
 
@@ -48,6 +60,18 @@ class Evaluate : public testing::Test {
     return load_model(kernels::Context{}, run(),
                       {"decode.prompts=3", "decode.prompt_tokens=20", "decode.max_tokens=30",
                        "decode.repeats=3", "decode.max_drafts=3", "decode.tree_nodes=5"});
+  }
+  // A run whose learned positions end at 32 tokens.
+  static LoadedModel load_learned_positions() {
+    configs::Config config = support::tiny_config(folder_->path());
+    config.model.position = "learned";
+    config.model.context = 32;
+    config.train.steps = 4;
+    config.log.run = (folder_->path() / "learned").string();
+    if (!fs::exists(config.log.run)) train_alone(config);
+    return load_model(kernels::Context{}, config.log.run,
+                      {"decode.prompts=2", "decode.prompt_tokens=20", "decode.max_tokens=30",
+                       "decode.repeats=1", "decode.max_drafts=3"});
   }
   static support::TemporaryFolder* folder_;
 };
@@ -121,6 +145,14 @@ TEST_F(Evaluate, WritesTheReport) {
   const std::string table = report_table(output / "report.json");
   for (const char* word : {"medusa_tree", "ngram", "rejection", "tokens/s", "yes"})
     EXPECT_NE(table.find(word), std::string::npos) << word;
+}
+
+// Texts end where learned positions do, also those that are read to learn what Medusa heads get right.
+TEST_F(Evaluate, LearnedPositionsThatEndBeforeTheTexts) {
+  LoadedModel loaded = load_learned_positions();
+  const Json json = evaluated(loaded, folder_->path() / "learned_report");
+  ASSERT_EQ(json.at("results").size(), 2u + 4u * 3u);
+  for (const Json& r : json.at("results")) expect_result(r);
 }
 
 TEST_F(Evaluate, PerplexityIsThatOfTheLossWhateverTheBatches) {

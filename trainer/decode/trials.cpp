@@ -83,6 +83,8 @@ std::vector<std::vector<double>> measure_acceptance(Decoder& decoder,
     std::vector<int32_t> text = prompt;
     const std::vector<int32_t> written = decoder.run({&prompt, 1}, settings).sequences[0].tokens;
     text.insert(text.end(), written.begin(), written.end() - 1);
+    // Reading it ends with a token of its own, which learned positions have no room for after a full context.
+    text.resize(std::min(text.size(), static_cast<size_t>(decoder.position_limit()) - 1));
     decoder.run({&text, 1}, read, &probe);
   }
   return probe.acceptance();
