@@ -4,6 +4,7 @@
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 
 #include "kernels/core/error.h"
@@ -247,6 +248,40 @@ TEST_F(Evaluate, GuardRepeatsAsMuchAsTheText) {
   EXPECT_EQ(choose_no_repeat(decoder, prompts, settings, eight), 8);
   EXPECT_EQ(choose_no_repeat(decoder, prompts, settings, twelve), 12);
   EXPECT_EQ(choose_no_repeat(decoder, prompts, settings, 1), 4);
+}
+
+// At a temperature where the model has no say, texts are as different as the random numbers they are drawn
+// with.
+TEST_F(Evaluate, EveryPromptAndRoundHasRandomNumbersOfItsOwn) {
+  const LoadedModel loaded = load();
+  const kernels::Context ctx;
+  Decoder decoder(ctx, *loaded.model, 1, 256);
+  const std::vector<std::vector<int32_t>> prompts = {{65, 66, 67}, {65, 66, 67}, {97, 98}};
+  const auto trial = [&](double temperature) {
+    Trial t;
+    t.drafter = "none";
+    t.settings.temperature = temperature;
+    t.settings.acceptance = temperature > 0 ? Acceptance::rejection : Acceptance::greedy;
+    t.settings.max_tokens = 12;
+    return t;
+  };
+  std::vector<Trial> trials;
+  trials.push_back(trial(0));
+  trials.push_back(trial(1e6));
+  // A drafter that proposes nothing draws what plain decoding draws.
+  trials.push_back(trial(1e6));
+  trials.back().engine = make_drafter(decoder, "medusa", loaded.config.decode);
+  trials.back().engine->set_drafts(0);
+  run_trials(decoder, trials, prompts, 2, [](const std::string&) {});
+  std::set<std::vector<int32_t>> greedy, drawn;
+  for (size_t i = 0; i < 6; ++i) {
+    greedy.insert(trials[0].texts.at(i).tokens);
+    drawn.insert(trials[1].texts.at(i).tokens);
+    EXPECT_EQ(trials[2].texts.at(i).tokens, trials[1].texts[i].tokens) << "text " << i;
+  }
+  EXPECT_LE(greedy.size(), 2u) << "greedy texts follow from the prompt alone";
+  EXPECT_EQ(drawn.size(), 6u);
+  EXPECT_TRUE(trials[0].identical);
 }
 
 TEST(Report, TextIsEscaped) {

@@ -238,6 +238,16 @@ TEST(Verifier, RandomNumbersBelongToPositions) {
   EXPECT_GT(seen.size(), 248u);  // 250 numbers of 24 bits: a collision has probability 0.2 percent
 }
 
+TEST(Verifier, EveryTextOfAnEvaluationHasASeedOfItsOwn) {
+  std::set<uint64_t> seeds;
+  for (const uint64_t seed : {1, 2})
+    for (const TextUse use : {TextUse::calibration, TextUse::tuning, TextUse::timing})
+      for (int64_t round = 0; round < 20; ++round)
+        for (int64_t prompt = 0; prompt < 20; ++prompt) seeds.insert(text_seed(seed, use, round, prompt));
+  EXPECT_EQ(seeds.size(), 2u * 3u * 20u * 20u);
+  EXPECT_EQ(text_seed(7, TextUse::timing, 2, 5), text_seed(7, TextUse::timing, 2, 5));
+}
+
 TEST(Verifier, UnknownRuleIsNamed) {
   EXPECT_EQ(parse_acceptance("typical"), Acceptance::typical);
   EXPECT_THROW(parse_acceptance("greed"), kernels::ConfigError);

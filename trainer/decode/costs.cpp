@@ -43,7 +43,11 @@ namespace {
 DecodeRun run_all(Decoder& decoder, Drafter& drafter, const std::vector<std::vector<int32_t>>& prompts,
                   const DecodeSettings& settings) {
   DecodeRun all;
-  for (const std::vector<int32_t>& prompt : prompts) all.add(decoder.run({&prompt, 1}, settings, &drafter));
+  DecodeSettings seeded = settings;
+  for (size_t p = 0; p < prompts.size(); ++p) {
+    seeded.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
+    all.add(decoder.run({&prompts[p], 1}, seeded, &drafter));
+  }
   return all;
 }
 

@@ -77,11 +77,12 @@ std::vector<std::vector<double>> measure_acceptance(Decoder& decoder,
                                                     const std::vector<std::vector<int32_t>>& prompts,
                                                     const DecodeSettings& settings) {
   MedusaProbe probe(decoder.context(), decoder.model());
-  DecodeSettings read = settings;
+  DecodeSettings write = settings, read = settings;
   read.max_tokens = 1;
-  for (const std::vector<int32_t>& prompt : prompts) {
-    std::vector<int32_t> text = prompt;
-    const std::vector<int32_t> written = decoder.run({&prompt, 1}, settings).sequences[0].tokens;
+  for (size_t p = 0; p < prompts.size(); ++p) {
+    write.seed = text_seed(settings.seed, TextUse::calibration, 0, static_cast<int64_t>(p));
+    std::vector<int32_t> text = prompts[p];
+    const std::vector<int32_t> written = decoder.run({&prompts[p], 1}, write).sequences[0].tokens;
     text.insert(text.end(), written.begin(), written.end() - 1);
     // Reading it ends with a token of its own, which learned positions have no room for after a full context.
     text.resize(std::min(text.size(), static_cast<size_t>(decoder.position_limit()) - 1));
@@ -131,15 +132,16 @@ std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& all, int
 
 namespace {
 
-// Decodes one prompt and returns what it took.
-DecodeRun run_prompt(Decoder& decoder, Trial& trial, const std::vector<int32_t>& prompt, size_t number,
+// Decodes one prompt and returns what it took. `reference`: the texts of the first trial, which is run first.
+DecodeRun run_prompt(Decoder& decoder, Trial& trial, const std::vector<int32_t>& prompt, uint64_t seed,
                      const std::vector<DecodedSequence>& reference) {
-  DecodeRun run = decoder.run({&prompt, 1}, trial.settings, trial.engine.get());
+  DecodeSettings settings = trial.settings;
+  settings.seed = seed;
+  DecodeRun run = decoder.run({&prompt, 1}, settings, trial.engine.get());
   trial.first_token_ms.push_back(run.prefill_seconds * 1e3);
   trial.totals.add(run);
-  trial.texts.resize(std::max(trial.texts.size(), number + 1));
-  trial.texts[number] = run.sequences[0];
-  trial.identical = trial.identical && trial.texts[number].tokens == reference[number].tokens;
+  trial.texts.push_back(run.sequences[0]);
+  trial.identical = trial.identical && trial.texts.back().tokens == reference[trial.texts.size() - 1].tokens;
   return run;
 }
 
@@ -152,8 +154,11 @@ void run_trials(Decoder& decoder, std::vector<Trial>& trials,
   for (int64_t round = 0; round < rounds; ++round) {
     std::vector<DecodeRun> sums(trials.size());
     for (size_t p = 0; p < prompts.size(); ++p)
-      for (size_t t = 0; t < trials.size(); ++t)
-        sums[t].add(run_prompt(decoder, trials[t], prompts[p], p, trials.front().texts));
+      for (size_t t = 0; t < trials.size(); ++t) {
+        const uint64_t seed =
+            text_seed(trials[t].settings.seed, TextUse::timing, round, static_cast<int64_t>(p));
+        sums[t].add(run_prompt(decoder, trials[t], prompts[p], seed, trials.front().texts));
+      }
     for (size_t t = 0; t < trials.size(); ++t)
       trials[t].tokens_per_second.push_back(
           sums[t].seconds() > 0 ? static_cast<double>(sums[t].tokens) / sums[t].seconds() : 0);

@@ -25,7 +25,7 @@ struct Trial {
   std::vector<double> tokens_per_second;  // of each round, over all prompts
   std::vector<double> first_token_ms;     // of each prompt and round
   DecodeRun totals;                       // counts and times over all prompts and rounds
-  std::vector<DecodedSequence> texts;     // of each prompt, last round
+  std::vector<DecodedSequence> texts;     // of each prompt, round after round
   bool identical = true;                  // texts equal those of the first trial, in every round
 
   Spread speed() const { return spread_of(tokens_per_second); }
@@ -49,6 +49,8 @@ std::vector<Trial> make_trials(Decoder& decoder, const configs::Config& config, 
                                const std::vector<std::vector<int32_t>>& tuning_prompts,
                                const std::vector<double>& step_costs, int64_t no_repeat,
                                const std::function<void(const std::string&)>& progress);
+// Texts above temperature 0 are others in every round, and for one prompt and round drawn with the same
+// random numbers in every trial.
 void run_trials(Decoder& decoder, std::vector<Trial>& trials,
                 const std::vector<std::vector<int32_t>>& prompts, int64_t rounds,
                 const std::function<void(const std::string&)>& progress);

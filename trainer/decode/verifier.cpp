@@ -26,6 +26,13 @@ float SamplingKey::draw(int64_t position, uint32_t lane) const {
                           (sequence << 40) | static_cast<uint64_t>(position), lane);
 }
 
+uint64_t text_seed(uint64_t seed, TextUse use, int64_t round, int64_t prompt) {
+  // Lanes that no token of a text draws from.
+  const uint32_t lane = 1u << 31 | static_cast<uint32_t>(use) << 16 | static_cast<uint32_t>(round);
+  const auto random = kernels::philox(seed, kernels::Purpose::sampling, static_cast<uint64_t>(prompt), lane);
+  return uint64_t{random[1]} << 32 | random[0];
+}
+
 int32_t draw_index(const float* weights, int64_t count, float u) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += weights[i];

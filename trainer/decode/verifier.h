@@ -40,6 +40,11 @@ struct SamplingKey {
   float draw(int64_t position, uint32_t lane) const;
 };
 
+// The seed of one text of an evaluation: others for what texts are for, for each round and each prompt, the
+// same for every way of decoding, so that what is compared is the way and not its luck.
+enum class TextUse { calibration, tuning, timing };
+uint64_t text_seed(uint64_t seed, TextUse use, int64_t round, int64_t prompt);
+
 // Draws an index in proportion to `weights` (not negative, any sum > 0) by inversion; u in [0, 1).
 int32_t draw_index(const float* weights, int64_t count, float u);
 
