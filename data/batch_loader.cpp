@@ -149,4 +149,13 @@ std::vector<std::vector<int64_t>> BatchLoader::all_micro_batches() const {
   return group(samples);
 }
 
+std::vector<std::vector<int64_t>> BatchLoader::some_micro_batches(int64_t most) const {
+  auto all = all_micro_batches();
+  const int64_t size = static_cast<int64_t>(all.size());
+  if (most < 1 || most >= size) return all;
+  std::vector<std::vector<int64_t>> chosen;
+  for (int64_t i = 0; i < most; ++i) chosen.push_back(std::move(all[(2 * i + 1) * size / (2 * most)]));
+  return chosen;
+}
+
 }  // namespace data

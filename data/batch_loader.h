@@ -53,6 +53,9 @@ class BatchLoader {
   Batch load(std::span<const int64_t> samples) const;
   // Every sample once, sorted by length bucket and then in storage order: for validation.
   std::vector<std::vector<int64_t>> all_micro_batches() const;
+  // At most `most` of them, the middles of as many equal parts, so that short and long samples are there in
+  // proportion; the same ones on every call. 0 takes all.
+  std::vector<std::vector<int64_t>> some_micro_batches(int64_t most) const;
   std::vector<int64_t> row_buckets() const { return data::row_buckets(params_); }
   const LoaderParams& params() const { return params_; }
 

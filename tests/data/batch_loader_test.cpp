@@ -95,6 +95,32 @@ TEST_F(Loader, MicroBatchesHoldSimilarLengths) {
   EXPECT_EQ(static_cast<int64_t>(seen.size()), dataset.samples());
 }
 
+TEST_F(Loader, SomeMicroBatchesHoldShortAndLongSamples) {
+  const TokenDataset dataset(scratch_ / "out", "train", 48);
+  const BatchLoader loader(dataset, params_);
+  const auto all = loader.all_micro_batches();
+  const int64_t size = static_cast<int64_t>(all.size());
+  ASSERT_GT(size, 8);
+  EXPECT_EQ(loader.some_micro_batches(0), all);
+  EXPECT_EQ(loader.some_micro_batches(size), all);
+  EXPECT_EQ(loader.some_micro_batches(size + 1), all);
+  for (int64_t most = 1; most < size; ++most) {
+    const auto some = loader.some_micro_batches(most);
+    EXPECT_EQ(static_cast<int64_t>(some.size()), most);
+    EXPECT_EQ(loader.some_micro_batches(most), some);
+    double places = 0;
+    for (size_t i = 0; i < some.size(); ++i) {
+      const auto found = std::find(all.begin(), all.end(), some[i]);
+      ASSERT_NE(found, all.end());
+      places += static_cast<double>(found - all.begin()) / static_cast<double>(most);
+      if (i > 0) {
+        EXPECT_LT(std::find(all.begin(), all.end(), some[i - 1]), found) << "ascending, no two the same";
+      }
+    }
+    EXPECT_NEAR(places, static_cast<double>(size - 1) / 2, 0.501) << "on average the middle, for " << most;
+  }
+}
+
 TEST_F(Loader, MicroBatchesNeedNotDivideTheBatch) {
   const TokenDataset dataset(scratch_ / "out", "train", 48);
   const auto plan = BatchLoader(dataset, params_).plan(0);

@@ -172,6 +172,17 @@ TEST_F(Evaluate, PerplexityIsThatOfTheLossWhateverTheBatches) {
   EXPECT_LT(measure_perplexity(kernels::Context{}, loaded, validation, 1).tokens, two.tokens);
 }
 
+TEST_F(Evaluate, PerplexityOfAFewBatchesIsOfSamplesOfAllLengths) {
+  LoadedModel loaded = load();
+  loaded.config.train.micro_batch = 1;  // a batch is a sample
+  const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
+  const Perplexity all = measure_perplexity(kernels::Context{}, loaded, validation, 0),
+                   some = measure_perplexity(kernels::Context{}, loaded, validation, 6);
+  const double mean = static_cast<double>(all.tokens) / static_cast<double>(validation.samples());
+  ASSERT_GT(validation.samples(), 18);
+  EXPECT_NEAR(static_cast<double>(some.tokens) / 6, mean, mean / 4);
+}
+
 TEST_F(Evaluate, GenerateGivesTheSameTextWithEveryDrafter) {
   LoadedModel loaded = load();
   GenerateOptions options;

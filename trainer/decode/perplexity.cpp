@@ -104,9 +104,7 @@ Perplexity measure_perplexity(const Context& ctx, const LoadedModel& loaded,
   Evaluator evaluator(ctx, model, loader);
 
   std::vector<double> sums(model.losses().size()), weights(params.offsets);
-  int64_t batches = 0;
-  for (const auto& samples : loader.all_micro_batches()) {
-    if (max_batches > 0 && batches++ == max_batches) break;
+  for (const auto& samples : loader.some_micro_batches(max_batches)) {
     const data::Batch batch = loader.load(samples);
     const std::vector<double>& losses = evaluator.run(batch);
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += losses[i];

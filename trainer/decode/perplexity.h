@@ -14,7 +14,8 @@ struct Perplexity {
   double bits_per_byte = 0;    // of the text behind the tokens
   std::vector<double> losses;  // of every head, in the order of Model::losses
 };
-// One pass over the dataset, or over its first `max_batches` micro-batches; 0 takes all.
+// One pass over the dataset, or over `max_batches` of its micro-batches, spread over all lengths of samples;
+// 0 takes all.
 Perplexity measure_perplexity(const Context& ctx, const LoadedModel& loaded,
                               const data::TokenDataset& dataset, int64_t max_batches);
 

@@ -161,13 +161,9 @@ class Job {
   }
 
   void validate(int64_t done) {
-    auto batches = validation_loader_.all_micro_batches();
+    const auto batches = validation_loader_.some_micro_batches(config_.train.validate_batches);
     if (batches.empty()) return;
-    // Spread over the whole split, the same ones every time.
-    std::vector<std::vector<int64_t>> chosen;
-    const size_t count = std::min<size_t>(batches.size(), config_.train.validate_batches);
-    for (size_t i = 0; i < count; ++i) chosen.push_back(std::move(batches[i * batches.size() / count]));
-    const auto losses = stepper_->validate(validation_loader_, chosen);
+    const auto losses = stepper_->validate(validation_loader_, batches);
     if (log_) log_->validation(done, losses);
     if (progress_.best_step < 0 || losses.front() < progress_.best_validation_loss) {
       progress_.best_step = done;
