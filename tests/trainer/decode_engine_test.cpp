@@ -461,5 +461,26 @@ TEST(Costs, ChoosesByCostAndAcceptance) {
   EXPECT_NEAR(choose_drafts(cheap, estimate, {}, 1).predicted_speedup, 1.35 / 1.025, 1e-9);
 }
 
+// What drafting and the rule take beside the rows of a step, plain ones included; one slow run counts for
+// nothing.
+TEST(Costs, PredictionsMeetWhatWasMeasured) {
+  const std::vector<double> rows = {1, 1.2, 1.4, 1.6, 1.8};
+  AcceptanceEstimate estimate;
+  for (int d = 0; d < 4; ++d) {
+    estimate.reach.push_back(std::pow(0.7, d + 1));
+    estimate.drafted.push_back(1);
+  }
+  const StepSeconds measured = {{1.5, 90, 1.4}, {2.1, 2.0, 70}, {80, 2.9, 3.0}};
+  const RestCost rest = rest_cost(rows, estimate, measured);
+  const DraftChoice choice = choose_drafts(rows, estimate, rest, 4);
+  EXPECT_NEAR(choice.speedups[1], 1.7 * 1.5 / 2.1, 1e-9);
+  EXPECT_NEAR(choice.speedups[2], 2.19 * 1.5 / (1.4 + 1.0), 1e-9) << "rest 0.9 with one draft, 1.2 with four";
+  EXPECT_NEAR(choice.speedups[4], 2.7731 * 1.5 / 3.0, 1e-9);
+  // Fewer rows than drafts were measured: the choice ends there.
+  EXPECT_EQ(choose_drafts({1, 1.2}, estimate, rest_cost({1, 1.2}, estimate, measured), 4).drafts, 1);
+  const RestCost none = rest_cost(rows, estimate, {{0.5}, {0.5}, {0.5}});
+  for (int64_t g = 0; g <= 4; ++g) EXPECT_EQ(none.of(g), 0) << "steps are never cheaper than their rows";
+}
+
 }  // namespace
 }  // namespace trainer

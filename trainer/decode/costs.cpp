@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "trainer/decode/spread.h"
+
 namespace trainer {
 
 std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const DecodeSettings& settings) {
@@ -12,24 +14,55 @@ std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const
       if (n <= rows_before_fold(length) && length + n <= decoder.position_limit()) return length;
     return int64_t{0};
   };
-  std::vector<double> costs(max_rows, 1e30);
+  std::vector<std::vector<double>> rounds(max_rows);
   for (int round = 0; round < kRounds; ++round)
     for (int64_t n = 1; n <= max_rows; ++n)
-      costs[n - 1] = std::min(costs[n - 1], decoder.measure_step(n, length_for(n), kRepeats, settings));
+      rounds[n - 1].push_back(decoder.measure_step(n, length_for(n), kRepeats, settings));
+  std::vector<double> costs;
+  for (std::vector<double>& seconds : rounds) costs.push_back(spread_of(std::move(seconds)).median);
   return costs;
 }
 
+namespace {
+
+// R(g) for g = 0 to `most`, or as far as there are costs.
+std::vector<double> rows_costs(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
+                               int64_t most) {
+  most = std::min<int64_t>(
+      {most, static_cast<int64_t>(estimate.reach.size()), static_cast<int64_t>(step_costs.size()) - 1});
+  std::vector<double> costs = {step_costs[0]};
+  for (int64_t g = 1; g <= most; ++g)
+    costs.push_back(costs.back() + estimate.drafted[g - 1] * (step_costs[g] - step_costs[g - 1]));
+  return costs;
+}
+
+}  // namespace
+
+RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
+                   const StepSeconds& measured) {
+  const int64_t most = static_cast<int64_t>(estimate.drafted.size());
+  const std::vector<double> rows = rows_costs(step_costs, estimate, most);
+  const auto beyond = [&](const std::vector<double>& seconds, int64_t drafts) {
+    const size_t at = std::min(static_cast<size_t>(drafts), rows.size() - 1);
+    return std::max(0.0, spread_of(seconds).median - rows[at]);
+  };
+  RestCost rest;
+  rest.plain = beyond(measured.plain, 0);
+  rest.first = beyond(measured.one, 1);
+  if (most > 1) rest.next = (beyond(measured.full, most) - rest.first) / static_cast<double>(most - 1);
+  return rest;
+}
+
 DraftChoice choose_drafts(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
-                          const DraftCost& draft, int64_t max_drafts) {
+                          const RestCost& rest, int64_t max_drafts) {
+  const std::vector<double> rows = rows_costs(step_costs, estimate, max_drafts);
+  const double plain = rows[0] + rest.plain;
   DraftChoice choice;
   choice.speedups.push_back(1);
-  double tokens = 1, cost = step_costs[0];
-  const int64_t most = std::min<int64_t>(
-      {max_drafts, static_cast<int64_t>(estimate.reach.size()), static_cast<int64_t>(step_costs.size()) - 1});
-  for (int64_t g = 1; g <= most; ++g) {
+  double tokens = 1;
+  for (int64_t g = 1; g < static_cast<int64_t>(rows.size()); ++g) {
     tokens += estimate.reach[g - 1];
-    cost += estimate.drafted[g - 1] * (step_costs[g] - step_costs[g - 1]);
-    choice.speedups.push_back(tokens * step_costs[0] / (cost + draft.of(g)));
+    choice.speedups.push_back(tokens * plain / (rows[g] + rest.of(g)));
     if (g == 1 || choice.speedups[g] > choice.predicted_speedup) {
       choice.drafts = g;
       choice.predicted_speedup = choice.speedups[g];
@@ -40,48 +73,55 @@ DraftChoice choose_drafts(const std::vector<double>& step_costs, const Acceptanc
 
 namespace {
 
-DecodeRun run_all(Decoder& decoder, Drafter& drafter, const std::vector<std::vector<int32_t>>& prompts,
-                  const DecodeSettings& settings) {
-  DecodeRun all;
-  DecodeSettings seeded = settings;
-  for (size_t p = 0; p < prompts.size(); ++p) {
-    seeded.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
-    all.add(decoder.run({&prompts[p], 1}, seeded, &drafter));
-  }
-  return all;
+// Seconds per step; none where the prompt's first token ended the text.
+void add_step_seconds(const DecodeRun& run, std::vector<double>& seconds) {
+  if (run.steps > 0) seconds.push_back(run.seconds() / static_cast<double>(run.steps));
 }
 
-}  // namespace
-
-DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<double>& step_costs,
-                         const std::vector<std::vector<int32_t>>& prompts, const DecodeSettings& settings) {
-  const int64_t most = drafter.max_drafts();
-  drafter.set_drafts(1);
-  const DecodeRun one = run_all(decoder, drafter, prompts, settings);
-  drafter.set_drafts(most);
-  const DecodeRun full = run_all(decoder, drafter, prompts, settings);
+AcceptanceEstimate estimate_acceptance(const DecodeRun& full, const std::vector<double>& node_values,
+                                       int64_t most) {
   const double steps = static_cast<double>(std::max<int64_t>(full.steps, 1));
-  DraftCost cost;
-  cost.first = one.times.draft / static_cast<double>(std::max<int64_t>(one.steps, 1));
-  if (most > 1)
-    cost.next = std::max(0.0, (full.times.draft / steps - cost.first) / static_cast<double>(most - 1));
   AcceptanceEstimate estimate;
-  const std::vector<double> values = drafter.node_values();
-  if (values.empty()) {
+  if (node_values.empty()) {
     for (int64_t d = 0; d < most; ++d) {
       estimate.reach.push_back(static_cast<double>(full.reached[d]) / steps);
       estimate.drafted.push_back(static_cast<double>(full.drafted[d]) / steps);
     }
-  } else {
-    // The tree's own estimates take levels as independent: scaled to what the whole tree gained.
-    double total = 0;
-    for (const double value : values) total += value;
-    const double gained = static_cast<double>(full.tokens) / steps - 1;
-    for (const double value : values) estimate.reach.push_back(total > 0 ? value * gained / total : 0);
-    const double share = static_cast<double>(full.drafted[0]) / steps;
-    estimate.drafted.assign(values.size(), share);
+    return estimate;
   }
-  const DraftChoice choice = choose_drafts(step_costs, estimate, cost, most);
+  // The tree's own estimates take levels as independent: scaled to what the whole tree gained.
+  double total = 0;
+  for (const double value : node_values) total += value;
+  const double gained = static_cast<double>(full.tokens) / steps - 1;
+  for (const double value : node_values) estimate.reach.push_back(total > 0 ? value * gained / total : 0);
+  estimate.drafted.assign(node_values.size(), static_cast<double>(full.drafted[0]) / steps);
+  return estimate;
+}
+
+}  // namespace
+
+// Each prompt is decoded in all three ways before the next: a slow moment of the machine meets all of them.
+DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<double>& step_costs,
+                         const std::vector<std::vector<int32_t>>& prompts, const DecodeSettings& settings) {
+  const int64_t most = drafter.max_drafts();
+  DecodeSettings drafted = settings, plain = settings;
+  if (plain.acceptance == Acceptance::typical) plain.acceptance = Acceptance::rejection;
+  StepSeconds measured;
+  DecodeRun full;
+  for (size_t p = 0; p < prompts.size(); ++p) {
+    const std::span<const std::vector<int32_t>> prompt(&prompts[p], 1);
+    drafted.seed = plain.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
+    add_step_seconds(decoder.run(prompt, plain), measured.plain);
+    drafter.set_drafts(1);
+    add_step_seconds(decoder.run(prompt, drafted, &drafter), measured.one);
+    drafter.set_drafts(most);
+    const DecodeRun run = decoder.run(prompt, drafted, &drafter);
+    add_step_seconds(run, measured.full);
+    full.add(run);
+  }
+  const AcceptanceEstimate estimate = estimate_acceptance(full, drafter.node_values(), most);
+  const DraftChoice choice =
+      choose_drafts(step_costs, estimate, rest_cost(step_costs, estimate, measured), most);
   drafter.set_drafts(choice.drafts);
   return choice;
 }

@@ -2,10 +2,13 @@
 // How many drafts are worth their cost. With reach[d] the probability that a step accepts at least d + 1
 // drafts and drafted[d] that it has at least d + 1, a limit of g drafts gives
 //   tokens per step  E(g) = 1 + sum of reach[d], d < g
-//   cost of a step   C(g) = T(1) + sum over d < g of drafted[d] (T(d + 2) - T(d + 1)) + draft(g)
-//   speedup          S(g) = E(g) T(1) / C(g)
-// T(n): seconds of a step of n rows, measured on this machine for this model. For a tree, d counts its
-// drafts, best first, and reach[d] is the probability that draft d is accepted.
+//   rows             R(g) = T(1) + sum over d < g of drafted[d] (T(d + 2) - T(d + 1))
+//   cost of a step   C(g) = R(g) + rest(g), C(0) that of a plain step
+//   speedup          S(g) = E(g) C(0) / C(g)
+// T(n): seconds of a step of n rows, measured on this machine for this model, drafts and rule apart. rest(g):
+// what real steps took beyond that. For a tree, d counts its drafts, best first, and reach[d] is the
+// probability that draft d is accepted. Every time is a median, so that a slow moment of the machine counts
+// for none of them.
 #include <cstdint>
 #include <vector>
 
@@ -13,18 +16,32 @@
 
 namespace trainer {
 
-// T(n) for n = 1 to max_rows, in seconds.
+// T(n) for n = 1 to max_rows, in seconds: the median of several rounds.
 std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const DecodeSettings& settings);
 
-// Seconds a drafter takes: `first` for one draft, `next` for each further one.
-struct DraftCost {
-  double first = 0, next = 0;
-  double of(int64_t drafts) const { return drafts > 0 ? first + next * static_cast<double>(drafts - 1) : 0; }
+// rest(g), in seconds: drafting, and what the acceptance rule asks of the host (copies of probabilities and
+// logits, draws, the guard against loops). `first` with one draft, `next` more with each further one, `plain`
+// without any.
+struct RestCost {
+  double first = 0, next = 0, plain = 0;
+  double of(int64_t drafts) const {
+    return drafts > 0 ? first + next * static_cast<double>(drafts - 1) : plain;
+  }
 };
 
 struct AcceptanceEstimate {
   std::vector<double> reach, drafted;
 };
+
+// Seconds per step of real runs, one of each tuning prompt: without drafts, with one, with all that the
+// estimate has.
+struct StepSeconds {
+  std::vector<double> plain, one, full;
+};
+// The rest with which C(g) is the median of what was measured for no draft, one and all, and a straight line
+// between these. Never negative: where steps took less than their rows alone, it is 0.
+RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
+                   const StepSeconds& measured);
 
 struct DraftChoice {
   int64_t drafts = 0;            // the g of the largest S(g), at least 1 where any draft is possible
@@ -32,10 +49,10 @@ struct DraftChoice {
   std::vector<double> speedups;  // [g]: S(g), from g = 0
 };
 DraftChoice choose_drafts(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
-                          const DraftCost& draft, int64_t max_drafts);
+                          const RestCost& rest, int64_t max_drafts);
 
-// Measures a drafter on prompts: acceptance and draft cost at its most drafts and at one, then sets the
-// number of drafts that choose_drafts finds.
+// Measures a drafter on prompts: acceptance at its most drafts, and what steps take with most of them, with
+// one and in the plain decoding it is compared with. Then sets the number of drafts that choose_drafts finds.
 DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<double>& step_costs,
                          const std::vector<std::vector<int32_t>>& prompts, const DecodeSettings& settings);
 

@@ -8,6 +8,7 @@
 
 #include "kernels/ops/sampling.h"
 #include "trainer/decode/repetition.h"
+#include "trainer/decode/spread.h"
 
 namespace trainer {
 
@@ -369,16 +370,16 @@ double Decoder::measure_step(int64_t rows, int64_t length, int64_t repeats, cons
   trees_[0].clear(0);
   for (int64_t i = 1; i < rows; ++i) trees_[0].add(static_cast<int>(i) - 1, 0);
   kernels::synchronize(ctx_.device, ctx_.stream);
-  double best = std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < repeats; ++i) {
+  std::vector<double> seconds(repeats);
+  for (double& taken : seconds) {
     Stopwatch watch;
     verify();
     choose(0, 0);
     rows_.accept_first(0, 1);
     commit();
-    best = std::min(best, watch.lap());
+    taken = watch.lap();
   }
-  return best;
+  return spread_of(std::move(seconds)).median;
 }
 
 std::unique_ptr<Drafter> make_drafter(const Decoder& decoder, const std::string& name,

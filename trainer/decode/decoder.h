@@ -62,7 +62,7 @@ class Decoder {
                 Drafter* drafter = nullptr, const OnTokens& on_tokens = {});
 
   // Seconds that one step over `rows` rows of one sequence takes, without drafting: verifying, choosing
-  // tokens, committing. The shortest of `repeats` on a state of `length` tokens.
+  // tokens, committing. The median of `repeats` (at least 1) on a state of `length` tokens.
   double measure_step(int64_t rows, int64_t length, int64_t repeats, const DecodeSettings& settings);
 
   const Context& context() const { return ctx_; }

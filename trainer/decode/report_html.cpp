@@ -187,7 +187,8 @@ std::string step_costs(const Report& report) {
       "What checking several tokens costs",
       fmt::format("Relative to one token ({:.3f} ms). While the curve is flat, drafts are nearly free; where "
                   "it rises by one per token, nothing is gained. The number of drafts of each drafter is "
-                  "chosen from this curve. Plain decoding reads {:.1f} MB of weights per token, {:.1f} GB "
+                  "chosen from this curve and from what drafting and its acceptance rule take beside it. "
+                  "Plain decoding reads {:.1f} MB of weights per token, {:.1f} GB "
                   "per second.",
                   report.step_cost_ms.empty() ? 0 : report.step_cost_ms[0],
                   static_cast<double>(report.weight_bytes) / 1e6, bytes / 1e9),

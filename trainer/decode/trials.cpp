@@ -11,13 +11,6 @@
 
 namespace trainer {
 
-Spread spread_of(std::vector<double> values) {
-  if (values.empty()) return {};
-  std::sort(values.begin(), values.end());
-  const size_t n = values.size();
-  return {(values[(n - 1) / 2] + values[n / 2]) / 2, values.front(), values.back()};
-}
-
 std::vector<Prompt> choose_prompts(const data::TokenDataset& dataset, int64_t count, int64_t tokens,
                                    int64_t continuation) {
   std::vector<int64_t> usable;

@@ -5,13 +5,9 @@
 
 #include "data/dataset.h"
 #include "trainer/decode/costs.h"
+#include "trainer/decode/spread.h"
 
 namespace trainer {
-
-struct Spread {
-  double median = 0, low = 0, high = 0;
-};
-Spread spread_of(std::vector<double> values);
 
 // One way of decoding.
 struct Trial {
