@@ -161,6 +161,7 @@ TEST(Drafters, MedusaProposesTheBestOfEachHead) {
     }
 }
 
+// From a root on, in the middle of a chunk of the prefill or at the beginning of one.
 TEST(Drafters, MedusaProbeCountsWhatTheHeadsSayOfTheText) {
   const Context ctx;
   TinyOptions options;
@@ -169,31 +170,35 @@ TEST(Drafters, MedusaProbeCountsWhatTheHeadsSayOfTheText) {
   Decoder decoder(ctx, *model, 1, 256);
   const MedusaReference reference(*model);
   const std::vector<int32_t> prompt = random_tokens(90, 5);
-  std::vector<std::vector<double>> hits(3, std::vector<double>(MedusaProbe::kRanks));
-  // Row i of head k stands before token i + k + 2; the last one is what the model wrote.
-  const auto count = [&](const Context& inner, const std::vector<int32_t>& text, const Tensor& hidden,
-                         const DraftTree&) {
-    const int64_t size = static_cast<int64_t>(text.size());
-    for (int64_t k = 0; k < 3; ++k)
-      for (int64_t i = 0; i + k + 2 < size; ++i) {
-        const auto first = text.begin() + i + 1;
-        const auto ranked = reference.ranked(inner, {first, first + k + 1}, hidden.slice(i, 1));
-        const auto rank = std::find(ranked.begin(), ranked.end(), first[k + 1]) - ranked.begin();
-        if (rank < MedusaProbe::kRanks) hits[k][rank] += 1.0 / static_cast<double>(size - k - 2);
-      }
-  };
-  CheckedDrafter counting(make_drafter(decoder, "medusa", model->config().decode), *model, count);
-  MedusaProbe probe(ctx, *model);
-  DecodeSettings settings;
-  settings.max_tokens = 2;
-  decoder.run({&prompt, 1}, settings, &counting);
-  ASSERT_EQ(counting.steps(), 1);
-  settings.max_tokens = 1;
-  decoder.run({&prompt, 1}, settings, &probe);
-  const auto acceptance = probe.acceptance();
-  for (size_t k = 0; k < 3; ++k)
-    for (size_t r = 0; r < hits[k].size(); ++r)
-      EXPECT_NEAR(acceptance[k][r], hits[k][r], 1e-12) << "head " << k << ", rank " << r;
+  for (const int64_t from : {0, 40, 64, 65, 80}) {
+    std::vector<std::vector<double>> hits(3, std::vector<double>(MedusaProbe::kRanks));
+    // Row i of head k stands before the root i + 1 and token i + k + 2; the last one is what the model wrote.
+    const auto count = [&](const Context& inner, const std::vector<int32_t>& text, const Tensor& hidden,
+                           const DraftTree&) {
+      const int64_t size = static_cast<int64_t>(text.size()), begin = std::max<int64_t>(0, from - 1);
+      for (int64_t k = 0; k < 3; ++k)
+        for (int64_t i = begin; i + k + 2 < size; ++i) {
+          const auto first = text.begin() + i + 1;
+          const auto ranked = reference.ranked(inner, {first, first + k + 1}, hidden.slice(i, 1));
+          const auto rank = std::find(ranked.begin(), ranked.end(), first[k + 1]) - ranked.begin();
+          if (rank < MedusaProbe::kRanks) hits[k][rank] += 1.0 / static_cast<double>(size - k - 2 - begin);
+        }
+    };
+    CheckedDrafter counting(make_drafter(decoder, "medusa", model->config().decode), *model, count);
+    MedusaProbe probe(ctx, *model);
+    probe.count_from(from);
+    DecodeSettings settings;
+    settings.max_tokens = 2;
+    decoder.run({&prompt, 1}, settings, &counting);
+    ASSERT_EQ(counting.steps(), 1);
+    settings.max_tokens = 1;
+    decoder.run({&prompt, 1}, settings, &probe);
+    const auto acceptance = probe.acceptance();
+    for (size_t k = 0; k < 3; ++k)
+      for (size_t r = 0; r < hits[k].size(); ++r)
+        EXPECT_NEAR(acceptance[k][r], hits[k][r], 1e-12)
+            << "head " << k << ", rank " << r << ", from " << from;
+  }
 }
 
 // Hidden states of every depth over a whole text, from new states: rows 0 to the last one, whose output

@@ -79,6 +79,7 @@ std::vector<std::vector<double>> measure_acceptance(Decoder& decoder,
     text.insert(text.end(), written.begin(), written.end() - 1);
     // Reading it ends with a token of its own, which learned positions have no room for after a full context.
     text.resize(std::min(text.size(), static_cast<size_t>(decoder.position_limit()) - 1));
+    probe.count_from(static_cast<int64_t>(prompts[p].size()));
     decoder.run({&text, 1}, read, &probe);
   }
   return probe.acceptance();

@@ -76,6 +76,7 @@ class MedusaDrafter : public Drafter {
 };
 
 // Watches a text go by and counts how often each head's candidates of each rank are the token that follows.
+// What is counted are drafts below roots from a position on: those that decoding from there would have made.
 class MedusaProbe : public Drafter {
  public:
   static constexpr int64_t kRanks = 10;
@@ -87,12 +88,14 @@ class MedusaProbe : public Drafter {
                std::span<DraftTree>) override {}
   void set_drafts(int64_t) override {}
   int64_t max_drafts() const override { return 0; }
-  // [head][rank], over everything observed.
+  // For the texts that follow; 0 counts all of them.
+  void count_from(int64_t position) { from_ = position; }
+  // [head][rank], over everything counted.
   std::vector<std::vector<double>> acceptance() const;
 
  private:
   const Model& model_;
-  int64_t heads_, ranks_;
+  int64_t heads_, ranks_, from_ = 0;
   kernels::Arena memory_;
   Tensor rows_, hidden_, logits_, top_;
   SharedResult tokens_;  // (rows, head + 1) the tokens after each row

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/ops/linear.h"
 #include "kernels/ops/sampling.h"
 #include "trainer/decode/drafters/medusa.h"
@@ -23,6 +25,11 @@ MedusaProbe::MedusaProbe(const Context& ctx, const Model& model)
 
 void MedusaProbe::observe(const Context& ctx, int64_t, const SequenceView& view, const Tensor& hidden,
                           std::span<const int32_t> rows, int64_t first) {
+  // The row at a position has the root after it.
+  const int64_t skipped = std::max<int64_t>(0, from_ - 1 - first);
+  if (skipped >= static_cast<int64_t>(rows.size())) return;
+  rows = rows.subspan(skipped);
+  first += skipped;
   const int64_t n = static_cast<int64_t>(rows.size());
   for (int64_t i = 0; i < n; ++i) copy_on_device(ctx, hidden.slice(rows[i], 1), rows_.slice(i, 1));
   for (int64_t k = 0; k < heads_; ++k) {
