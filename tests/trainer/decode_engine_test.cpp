@@ -255,6 +255,7 @@ TEST(Decoder, LearnedPositionsEndAtTheContext) {
     EXPECT_EQ(decoder.run(prompts, greedy(100), drafter.get()).sequences[0].tokens,
               plain.sequences[0].tokens);
   }
+  EXPECT_EQ(measure_step_costs(decoder, 64, greedy(100)).size(), 48u);
   const Prompts full = {random_tokens(48, 4)};
   EXPECT_THROW(decoder.run(full, greedy(10)), kernels::ConfigError);
 }

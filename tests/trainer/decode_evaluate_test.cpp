@@ -156,6 +156,22 @@ TEST_F(Evaluate, LearnedPositionsThatEndBeforeTheTexts) {
   for (const Json& r : json.at("results")) expect_result(r);
 }
 
+TEST_F(Evaluate, TreesOfMoreNodesThanThereAreLearnedPositions) {
+  LoadedModel loaded = load_learned_positions();
+  loaded.config.decode.tree_nodes = 40;
+  loaded.config.decode.drafters = "medusa_tree";
+  loaded.config.decode.max_tokens = 8;
+  const Json json = evaluated(loaded, folder_->path() / "wide_report");
+  EXPECT_EQ(json.at("step_cost_ms").size(), 32u);
+  for (const Json& r : json.at("results")) EXPECT_LE(r.at("drafts"), 31);
+  GenerateOptions options;
+  options.prompt = "int";
+  options.max_tokens = 8;
+  const std::string plain = generate(kernels::Context{}, loaded, options, {}).text;
+  options.drafter = "medusa_tree";
+  EXPECT_EQ(generate(kernels::Context{}, loaded, options, {}).text, plain);
+}
+
 TEST_F(Evaluate, PerplexityIsThatOfTheLossWhateverTheBatches) {
   LoadedModel loaded = load();
   const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);

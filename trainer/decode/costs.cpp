@@ -8,6 +8,7 @@ namespace trainer {
 
 std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const DecodeSettings& settings) {
   constexpr int kRounds = 5, kRepeats = 8;
+  max_rows = std::min(max_rows, decoder.position_limit());
   // In the middle of a fold, or at its beginning where the rows would not fit before the next one.
   const auto length_for = [&](int64_t n) {
     for (const int64_t length : {kernels::kFold + kernels::kFold / 4, kernels::kFold})

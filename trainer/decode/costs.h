@@ -16,7 +16,7 @@
 
 namespace trainer {
 
-// T(n) for n = 1 to max_rows, in seconds: the median of several rounds.
+// T(n) for n = 1 to max_rows, or to the last of learned positions, in seconds: the median of several rounds.
 std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const DecodeSettings& settings);
 
 // rest(g), in seconds: drafting, and what the acceptance rule asks of the host (copies of probabilities and
