@@ -1,12 +1,14 @@
 // Evaluation of a tiny trained run: the report's fields, the page, the table, and generate.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
 
+#include "data/prepare.h"
 #include "kernels/core/error.h"
 #include "kernels/core/parallel.h"
 #include "tests/support/tiny_run.h"
@@ -170,6 +172,45 @@ TEST_F(Evaluate, TreesOfMoreNodesThanThereAreLearnedPositions) {
   const std::string plain = generate(kernels::Context{}, loaded, options, {}).text;
   options.drafter = "medusa_tree";
   EXPECT_EQ(generate(kernels::Context{}, loaded, options, {}).text, plain);
+}
+
+// Of prompts and completions only the latter are learned: their loss says nothing of all bytes.
+TEST_F(Evaluate, BitsPerByteAreLeftOutWhereSomeTokensAreNotLearned) {
+  const fs::path folder = folder_->path() / "weighted";
+  fs::create_directories(folder);
+  std::ofstream text(folder / "pairs.jsonl");
+  for (int i = 0; i < 40; ++i)
+    text << Json{{"prompt", "what follows after number " + std::to_string(i) + "? "},
+                 {"completion", "number " + std::to_string(i + 1) + " and all those beyond it"}}
+                .dump()
+         << '\n';
+  text.close();
+  data::PrepareParams params;
+  params.inputs = {(folder / "pairs.jsonl").string()};
+  params.output = folder / "data";
+  params.tokenizer = "bytes";
+  params.text_key = "prompt+completion";
+  params.validation_fraction = 0.2;
+  data::prepare(params, {});
+  LoadedModel loaded = load();
+  loaded.config.data.path = params.output.string();
+  loaded.config.decode.drafters = "ngram";
+  const data::TokenDataset validation(params.output, "validation", loaded.config.model.context);
+  const Perplexity found = measure_perplexity(kernels::Context{}, loaded, validation, 0);
+  EXPECT_LT(found.tokens, validation.tokens() - validation.documents());
+  EXPECT_FALSE(found.bits_per_byte.has_value());
+
+  std::vector<std::string> lines;
+  const Json json = evaluated(loaded, folder / "report", &lines);
+  EXPECT_GT(json.at("validation_perplexity"), 1);
+  EXPECT_FALSE(json.contains("validation_bits_per_byte"));
+  EXPECT_FALSE(json.contains("anchors"));
+  EXPECT_EQ(json.at("no_bits_per_byte"), kNoBitsPerByte);
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), kNoBitsPerByte), 1);
+  EXPECT_NE(report_table(folder / "report" / "report.json").find(kNoBitsPerByte), std::string::npos);
+  const std::string page = read(folder / "report" / "report.html");
+  EXPECT_NE(page.find(kNoBitsPerByte), std::string::npos);
+  EXPECT_EQ(page.find("bits per byte on held-out text"), std::string::npos);
 }
 
 TEST_F(Evaluate, PerplexityIsThatOfTheLossWhateverTheBatches) {

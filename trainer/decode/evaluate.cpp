@@ -51,7 +51,8 @@ void add_perplexity(const Context& ctx, const LoadedModel& loaded, const data::T
 }
 
 // Byte n-gram models of the training text, for scale.
-void add_anchors(const LoadedModel& loaded, const data::TokenDataset& validation, Report& report) {
+void add_anchors(const LoadedModel& loaded, const data::TokenDataset& validation, const Progress& progress,
+                 Report& report) {
   constexpr int64_t kMaxBytes = int64_t{64} << 20;  // more text changes the figures little and takes minutes
   const data::TokenDataset train(loaded.config.data.path, "train", loaded.config.model.context);
   const auto train_text = data::document_texts(train, *loaded.tokenizer, kMaxBytes);
@@ -59,6 +60,10 @@ void add_anchors(const LoadedModel& loaded, const data::TokenDataset& validation
   for (const auto& score : data::ngram_bits_per_byte(train_text, validation_text, {1, 2, 3, 5}))
     report.anchors.push_back(
         {score.order == 1 ? "unigram" : fmt::format("order {}", score.order), score.bits_per_byte});
+  std::string found = "n-gram models of the training text, bits per byte:";
+  for (const TextAnchor& anchor : report.anchors)
+    found += fmt::format(" {} {:.3f}", anchor.model, anchor.bits_per_byte);
+  progress(found);
 }
 
 // The text a drafter wrote after the first prompt, piece by piece as its steps gained it.
@@ -162,14 +167,13 @@ void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::pa
   report.date = fmt::format("{:%Y-%m-%d %H:%M} UTC", fmt::gmtime(std::time(nullptr)));
   report.model = describe_model(loaded);
   add_perplexity(ctx, loaded, validation, report);
-  progress(fmt::format("validation: perplexity {:.2f}, {:.3f} bits per byte over {} tokens",
-                       report.validation_perplexity, report.validation_bits_per_byte,
-                       report.validation_tokens));
-  add_anchors(loaded, validation, report);
-  std::string found = "n-gram models of the training text, bits per byte:";
-  for (const TextAnchor& anchor : report.anchors)
-    found += fmt::format(" {} {:.3f}", anchor.model, anchor.bits_per_byte);
-  progress(found);
+  const std::optional<double>& bits = report.validation_bits_per_byte;
+  progress(fmt::format("validation: perplexity {:.2f}{} over {} tokens", report.validation_perplexity,
+                       bits ? fmt::format(", {:.3f} bits per byte", *bits) : "", report.validation_tokens));
+  if (bits)
+    add_anchors(loaded, validation, progress, report);
+  else
+    progress(kNoBitsPerByte);
   add_decoding(ctx, loaded, validation, progress, report);
   report.training = read_training(run);
   write_whole(output / "report.html", report_html(report));

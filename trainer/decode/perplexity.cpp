@@ -104,12 +104,15 @@ Perplexity measure_perplexity(const Context& ctx, const LoadedModel& loaded,
   Evaluator evaluator(ctx, model, loader);
 
   std::vector<double> sums(model.losses().size()), weights(params.offsets);
+  bool all_learned = true;
   for (const auto& samples : loader.some_micro_batches(max_batches)) {
     const data::Batch batch = loader.load(samples);
     const std::vector<double>& losses = evaluator.run(batch);
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += losses[i];
     for (int64_t k = 0; k < params.offsets; ++k)
       for (int64_t i = 0; i < batch.rows(); ++i) weights[k] += batch.weights[k * batch.rows() + i];
+    for (int64_t i = 0; i < batch.rows(); ++i)
+      all_learned = all_learned && (batch.targets[i] < 0 || batch.weights[i] == 1);
   }
 
   Perplexity result;
@@ -124,6 +127,7 @@ Perplexity measure_perplexity(const Context& ctx, const LoadedModel& loaded,
   result.tokens = static_cast<int64_t>(weights[0]);
   result.loss = result.losses[0];
   result.perplexity = std::exp(result.loss);
+  if (!all_learned) return result;
   // Every token of a document but its first is predicted; the dataset's bytes are those behind them.
   const double predicted = static_cast<double>(dataset.tokens() - dataset.documents());
   result.bits_per_byte = result.loss / std::log(2.0) * predicted / static_cast<double>(dataset.bytes());

@@ -98,12 +98,16 @@ std::string report_json(const Report& report) {
                {"date", report.date},
                {"model", report.model},
                {"validation_perplexity", report.validation_perplexity},
-               {"validation_bits_per_byte", report.validation_bits_per_byte},
                {"validation_tokens", report.validation_tokens}};
   for (const auto& [name, loss] : report.validation_losses) json["validation_losses"][name] = loss;
-  json["anchors"] = Json::array();
-  for (const TextAnchor& anchor : report.anchors)
-    json["anchors"].push_back({{"model", anchor.model}, {"bits_per_byte", anchor.bits_per_byte}});
+  if (report.validation_bits_per_byte) {
+    json["validation_bits_per_byte"] = *report.validation_bits_per_byte;
+    json["anchors"] = Json::array();
+    for (const TextAnchor& anchor : report.anchors)
+      json["anchors"].push_back({{"model", anchor.model}, {"bits_per_byte", anchor.bits_per_byte}});
+  } else {
+    json["no_bits_per_byte"] = kNoBitsPerByte;
+  }
   const double speed = report.baseline.median;
   json["baseline"] = {{"tokens_per_second", speed},
                       {"tokens_per_second_spread", {report.baseline.low, report.baseline.high}},
@@ -190,9 +194,12 @@ std::string report_table(const std::filesystem::path& report_json) {
   if (!json.is_object() || !json.contains("results"))
     throw kernels::DataError(report_json.string() + " is not a report: run foretell evaluate again");
   try {
-    std::string text = fmt::format("validation perplexity {:.2f}, {:.3f} bits per byte",
-                                   json.at("validation_perplexity").get<double>(),
-                                   json.at("validation_bits_per_byte").get<double>());
+    std::string text =
+        fmt::format("validation perplexity {:.2f}", json.at("validation_perplexity").get<double>());
+    if (json.contains("validation_bits_per_byte"))
+      text += fmt::format(", {:.3f} bits per byte", json["validation_bits_per_byte"].get<double>());
+    else
+      text += "; " + json.at("no_bits_per_byte").get<std::string>();
     for (const Json& anchor : json.value("anchors", Json::array()))
       text += fmt::format("; {} {:.3f}", anchor.at("model").get<std::string>(),
                           anchor.at("bits_per_byte").get<double>());

@@ -43,7 +43,8 @@ struct TrainingPoint {
 struct Report {
   std::string checkpoint, device, date, model, run;
   int64_t step = 0;
-  double validation_perplexity = 0, validation_bits_per_byte = 0;
+  double validation_perplexity = 0;
+  std::optional<double> validation_bits_per_byte;  // none, and no anchors: loss weights leave tokens out
   int64_t validation_tokens = 0;
   std::vector<std::pair<std::string, double>> validation_losses;
   std::vector<TextAnchor> anchors;
@@ -59,6 +60,11 @@ struct Report {
   std::vector<TextPiece> sample;
   std::vector<TrainingPoint> training;
 };
+
+// Why a report has neither bits per byte nor n-gram models beside them.
+inline constexpr const char* kNoBitsPerByte =
+    "no bits per byte, and no n-gram models beside them: only some tokens of this data are learned (prompts, "
+    "for instance, are not), and their bytes are not counted apart";
 
 ReportResult summarise(const Trial& trial, const std::vector<Trial>& trials);
 // Lines of RUN/metrics.jsonl; none where there is no such file.

@@ -70,7 +70,8 @@ std::string header(const Report& report) {
     html += card(fmt::format("{:.2f}&times;", best->speedup.median),
                  fmt::format("as fast as plain decoding with {}, same text", escape_html(best->drafter)));
   html += card(short_number(report.baseline.median), "tokens per second, plain");
-  html += card(fmt::format("{:.3f}", report.validation_bits_per_byte), "bits per byte on held-out text");
+  if (report.validation_bits_per_byte)
+    html += card(fmt::format("{:.3f}", *report.validation_bits_per_byte), "bits per byte on held-out text");
   html += card(fmt::format("{:.1f}", report.validation_perplexity), "perplexity per token on held-out text");
   return html + "</div>\n" +
          "<p>A language model writes one token at a time, and every token costs one pass through all its "
@@ -196,6 +197,12 @@ std::string step_costs(const Report& report) {
 }
 
 std::string anchors(const Report& report) {
+  constexpr const char* kTitle = "How good the model is";
+  if (!report.validation_bits_per_byte)
+    return section(kTitle,
+                   fmt::format("Perplexity {:.1f} per token of held-out text; {}.",
+                               report.validation_perplexity, kNoBitsPerByte),
+                   "");
   BarChart chart;
   chart.unit = "bits per byte on held-out text (lower is better)";
   chart.colour = 2;
@@ -203,9 +210,9 @@ std::string anchors(const Report& report) {
     chart.bars.push_back({name, fmt::format("{:.3f}", bits), {bits}, 0, 0});
   };
   for (const TextAnchor& anchor : report.anchors) add("n-gram, " + anchor.model, anchor.bits_per_byte);
-  add("this model", report.validation_bits_per_byte);
+  add("this model", *report.validation_bits_per_byte);
   return section(
-      "How good the model is",
+      kTitle,
       "Bits needed to write down one byte of text it has never seen. The n-gram models count sequences of "
       "tokens in the same training text; they show what simple statistics reach.",
       to_svg(chart));
