@@ -74,6 +74,16 @@ std::string coloured(const std::string& text, size_t tokens) {
   return fmt::format("\033[{}m{}\033[0m", kColours[std::min(tokens, last)], text);
 }
 
+// The first token comes from reading the prompt: steps and their speed are those after it.
+std::string summary(const trainer::Generated& generated) {
+  if (generated.steps == 0 || generated.seconds <= 0)
+    return fmt::format("{} token{}", generated.tokens, generated.tokens == 1 ? "" : "s");
+  const double gained = static_cast<double>(generated.step_tokens);
+  return fmt::format("{} tokens; after the first, {} step{}: {:.2f} tokens a step, {:.0f} tokens per second",
+                     generated.tokens, generated.steps, generated.steps == 1 ? "" : "s",
+                     gained / static_cast<double>(generated.steps), gained / generated.seconds);
+}
+
 }  // namespace
 
 int generate_command(const Arguments& arguments, Job& job) {
@@ -90,11 +100,7 @@ int generate_command(const Arguments& arguments, Job& job) {
         fmt::print("{}", colour ? coloured(piece, static_cast<size_t>(tokens)) : piece);
         std::fflush(stdout);
       });
-  fmt::print(
-      "\n\n{} tokens in {} steps: {:.2f} tokens a step, {:.0f} tokens per second\n", generated.tokens,
-      generated.steps,
-      generated.steps > 0 ? static_cast<double>(generated.tokens) / static_cast<double>(generated.steps) : 0,
-      generated.seconds > 0 ? static_cast<double>(generated.tokens) / generated.seconds : 0);
+  fmt::print("\n\n{}\n", summary(generated));
   return 0;
 }
 

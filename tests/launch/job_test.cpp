@@ -57,7 +57,12 @@ TEST_F(Job, EvaluateAndGenerate) {
   const Outcome plain = foretell(generate);
   ASSERT_EQ(plain.exit_code, 0) << plain.errors;
   EXPECT_EQ(plain.output.rfind("int", 0), 0u) << plain.output;
+  EXPECT_NE(plain.output.find("\n\n9 tokens; after the first, 8 steps: 1.00 tokens a step, "),
+            std::string::npos)
+      << plain.output;
   EXPECT_NE(plain.output.find("tokens per second"), std::string::npos) << plain.output;
+  const Outcome one = foretell("generate " + run().string() + " --prompt int --max-tokens 1");
+  EXPECT_EQ(one.output.substr(one.output.rfind("\n\n")), "\n\n1 token\n") << "no step, no speed";
   // The same text from a drafter; only the last line, of speeds, differs.
   const Outcome drafted = foretell(generate + "--drafter medusa");
   const auto text = [](const std::string& output) { return output.substr(0, output.rfind("\n\n")); };

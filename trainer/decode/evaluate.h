@@ -30,9 +30,10 @@ struct GenerateOptions {
 };
 struct Generated {
   std::string text;
-  int64_t tokens = 0, steps = 0;
-  double seconds = 0;             // decoding alone
-  std::vector<int64_t> accepted;  // tokens gained at each step
+  int64_t tokens = 0;
+  int64_t steps = 0, step_tokens = 0;  // after the first token, which reading the prompt gives
+  double seconds = 0;                  // of those steps
+  std::vector<int64_t> accepted;       // tokens gained: by the prompt, then by each step
 };
 // `on_text` receives the text of each step as it is accepted, and how many tokens the step gained.
 Generated generate(const Context& ctx, LoadedModel& loaded, const GenerateOptions& options,

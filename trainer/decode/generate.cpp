@@ -72,6 +72,7 @@ Generated generate(const Context& ctx, LoadedModel& loaded, const GenerateOption
   emit(stream.finish(), 0);
   result.tokens = static_cast<int64_t>(run.sequences[0].tokens.size());
   result.steps = run.steps;
+  result.step_tokens = run.tokens;
   result.seconds = run.seconds();
   result.accepted = run.sequences[0].gained;
   return result;
