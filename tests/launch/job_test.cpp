@@ -53,6 +53,7 @@ TEST_F(Job, EvaluateAndGenerate) {
   EXPECT_NE(evaluated.output.find("report: " + (run() / "report.html").string()), std::string::npos);
   EXPECT_TRUE(fs::exists(run() / "report.html"));
   EXPECT_TRUE(nlohmann::json::parse(read_text(run() / "report.json")).contains("results"));
+  expect_one_line(foretell("evaluate " + run().string() + " --output " + file_), 74, "is not a folder");
   const std::string generate = "generate " + run().string() + " --prompt int --max-tokens 9 ";
   const Outcome plain = foretell(generate);
   ASSERT_EQ(plain.exit_code, 0) << plain.errors;
@@ -224,6 +225,9 @@ TEST_F(Job, FilesThatMayNotBeRead) {
     expect_one_line(foretell_with_permissions(train("--set log.run=" + (locked / "run").string())), 74,
                     "check its permissions");
   }
+  expect_one_line(
+      foretell_with_permissions("evaluate " + run().string() + " --output " + (locked / "report").string()),
+      74, locked.string() + ": Permission denied");
   const fs::path shard = any_file(config_.data.path, ".h5");
   forbid(shard);
   expect_one_line(foretell_with_permissions(train("--set log.run=" + out)), 74,

@@ -280,6 +280,21 @@ TEST_F(Evaluate, BadOptionsAreExplained) {
   EXPECT_THROW(report_table(folder_->path() / "absent.json"), kernels::DataError);
 }
 
+TEST_F(Evaluate, OutputThatCannotBeWrittenIsRefusedBeforeAnythingIsMeasured) {
+  LoadedModel loaded = load();
+  const fs::path file = folder_->path() / "file";
+  std::ofstream(file) << "kept";
+  for (const fs::path& output : {file, file / "below"}) {
+    std::vector<std::string> lines;
+    EXPECT_THROW(evaluated(loaded, output, &lines), kernels::DataError);
+    EXPECT_TRUE(lines.empty()) << lines.front();
+  }
+  EXPECT_EQ(read(file), "kept");
+  const fs::path fresh = folder_->path() / "fresh";
+  check_writable(fresh / "folder");
+  EXPECT_FALSE(fs::exists(fresh));
+}
+
 TEST(Report, SpreadAndDistinct4) {
   EXPECT_EQ(spread_of({3, 1, 2}).median, 2);
   EXPECT_EQ(spread_of({4, 1, 2, 3}).median, 2.5);

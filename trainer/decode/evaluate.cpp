@@ -157,6 +157,7 @@ void add_decoding(const Context& ctx, const LoadedModel& loaded, const data::Tok
 
 void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::path& run,
               const std::filesystem::path& output, const Progress& progress) {
+  check_writable(output);
   const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
   check_tokenizer(loaded);
   Report report;

@@ -14,7 +14,8 @@ namespace trainer {
 
 // Validation perplexity, bits per byte and n-gram anchors (where every token is learned), the plain baseline
 // and every (drafter, acceptance, temperature); writes report.json and report.html into `output` (complete or
-// absent). `progress` gets one line per finished part.
+// absent). DataError before anything is measured where that cannot be written. `progress` gets one line per
+// finished part.
 void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::path& run,
               const std::filesystem::path& output, const std::function<void(const std::string&)>& progress);
 // The table printed after an evaluation, from report.json.

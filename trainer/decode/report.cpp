@@ -1,9 +1,12 @@
 #include "trainer/decode/report.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <system_error>
 
 #include "data/files.h"
 #include "kernels/core/error.h"
@@ -123,6 +126,22 @@ std::string report_json(const Report& report) {
   json["results"] = Json::array();
   for (const ReportResult& result : report.results) json["results"].push_back(to_json(result));
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+void check_writable(const std::filesystem::path& folder) {
+  const auto refuse = [&](const std::string& why) {
+    throw kernels::DataError("cannot write the report into " + folder.string() + " (" + why +
+                             "): name another folder with --output");
+  };
+  std::filesystem::path there = std::filesystem::absolute(folder).lexically_normal();
+  std::error_code error;
+  while (!std::filesystem::exists(there, error)) {
+    if (error) refuse(error.message());
+    there = there.parent_path();
+  }
+  if (!std::filesystem::is_directory(there)) refuse(there.string() + " is not a folder");
+  if (::access(there.c_str(), W_OK | X_OK) != 0)
+    refuse(there.string() + ": " + std::generic_category().message(errno));
 }
 
 void write_whole(const std::filesystem::path& file, const std::string& contents) {
