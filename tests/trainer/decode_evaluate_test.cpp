@@ -367,15 +367,43 @@ TEST_F(Evaluate, EveryPromptAndRoundHasRandomNumbersOfItsOwn) {
   EXPECT_TRUE(trials[0].identical);
 }
 
+TEST_F(Evaluate, AGuardThatIsNotNeededIsNotCalledOne) {
+  LoadedModel loaded = load();
+  loaded.config.decode.no_repeat = -1;
+  loaded.config.decode.drafters = "ngram";
+  loaded.config.decode.max_tokens = 3;  // too short to repeat anything, as is the text
+  std::vector<std::string> lines;
+  const Json json = evaluated(loaded, folder_->path() / "short_report", &lines);
+  EXPECT_EQ(json.at("prompts").at("no_repeat"), 0);
+  const std::string line =
+      "guard against loops: none, without one greedy text repeats itself as much as the held-out text "
+      "(distinct-4 1.00)";
+  EXPECT_EQ(std::count(lines.begin(), lines.end(), line), 1);
+}
+
+TEST(Report, ShortNumbers) {
+  EXPECT_EQ(short_number(0.2134), "0.213");
+  EXPECT_EQ(short_number(999.4), "999");
+  EXPECT_EQ(short_number(999.5), "1,000");
+  EXPECT_EQ(short_number(-999.9), "-1,000");
+  EXPECT_EQ(short_number(5300), "5,300");
+  EXPECT_EQ(short_number(999999.4), "999,999");
+  EXPECT_EQ(short_number(999999.5), "1M");
+  EXPECT_EQ(short_number(1.25e6), "1.25M");
+  EXPECT_EQ(short_number(1e9), "1,000M");
+}
+
 TEST(Report, TextIsEscaped) {
   EXPECT_EQ(escape_html("<a href=\"x\">&'\x01"), "&lt;a href=&quot;x&quot;&gt;&amp;&#39;");
   Report report;
   report.step_cost_ms = {1};
+  report.validation_bits_per_byte = 2;
   report.sample_prompt = "#include <vector>";
   report.sample = {{"x < y && y > z", 3}};
   const std::string page = report_html(report);
   EXPECT_NE(page.find("#include &lt;vector&gt;"), std::string::npos);
   EXPECT_NE(page.find("title='3 tokens in one step'>x &lt; y &amp;&amp; y &gt; z"), std::string::npos);
+  EXPECT_NE(page.find("n-gram models count sequences of bytes"), std::string::npos);
 }
 
 // Characters of several bytes arrive whole, whatever the steps.

@@ -38,8 +38,9 @@ std::string escape_html(const std::string& text) {
 std::string short_number(double value) {
   const double size = std::abs(value);
   if (!std::isfinite(value)) return "-";
-  if (size >= 1e6) return fmt::format("{:.3g}M", value / 1e6);
-  if (size >= 1000) {
+  // From where the last digit that is written rounds up to the next form.
+  if (size >= 999999.5) return short_number(value / 1e6) + "M";
+  if (size >= 999.5) {
     const auto whole = static_cast<long long>(std::llround(value));
     return fmt::format("{},{:03}", whole / 1000, std::abs(whole % 1000));
   }

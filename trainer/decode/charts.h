@@ -8,7 +8,7 @@
 namespace trainer {
 
 std::string escape_html(const std::string& text);
-// A number with few digits: 0.213, 4.1, 5,300.
+// A number with few digits: 0.213, 4.1, 5,300, 1.25M.
 std::string short_number(double value);
 
 struct Series {

@@ -131,11 +131,11 @@ void add_decoding(const Context& ctx, const LoadedModel& loaded, const data::Tok
   report.no_repeat = config.no_repeat;
   if (config.no_repeat < 0) {
     report.no_repeat = choose_no_repeat(decoder, prompts.tuning, plain, report.text_distinct_4);
-    progress(
-        fmt::format("guard against loops: no run of {} tokens twice, with which greedy text repeats itself "
-                    "as much as the "
-                    "held-out text (distinct-4 {:.2f})",
-                    report.no_repeat, report.text_distinct_4));
+    progress(fmt::format(
+        "guard against loops: {} greedy text repeats itself as much as the held-out text (distinct-4 {:.2f})",
+        report.no_repeat > 0 ? fmt::format("no run of {} tokens twice, with which", report.no_repeat)
+                             : "none, without one",
+        report.text_distinct_4));
   }
   std::vector<Trial> trials = make_trials(decoder, loaded.config, loaded.tokenizer->end_of_text(),
                                           prompts.tuning, costs, report.no_repeat, progress);

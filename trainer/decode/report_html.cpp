@@ -214,7 +214,7 @@ std::string anchors(const Report& report) {
   return section(
       kTitle,
       "Bits needed to write down one byte of text it has never seen. The n-gram models count sequences of "
-      "tokens in the same training text; they show what simple statistics reach.",
+      "bytes in the same training text; they show what simple statistics reach.",
       to_svg(chart));
 }
 
