@@ -340,19 +340,33 @@ INSTANTIATE_TEST_SUITE_P(Decode, Sampling, testing::Bool(), [](const auto& info)
   return std::string(info.param ? "sequential_heads" : "every_drafter");
 });
 
-// The same seed gives the same text, whatever stands in other sequences of the batch before it.
-TEST(Decoder, SamplingIsKeyedByPosition) {
+// The same seed gives the same text, whatever stands in other sequences of the batch; another sequence or
+// seed gives another, also after the same prompt.
+TEST_P(Speculation, SamplingIsKeyedBySequenceAndPosition) {
   const kernels::Context ctx;
-  const auto model = tiny_model({});
-  Decoder decoder(ctx, *model, 1, 128);
-  const Prompts prompts = {random_tokens(7, 12)};
+  Decoder one(ctx, *model_, 1, 160), many(ctx, *model_, 3, 160);
+  const Prompts alone = {random_tokens(7, 12)}, same(3, alone[0]),
+                others = {alone[0], random_tokens(70, 2), random_tokens(33, 3)};
   DecodeSettings settings = greedy(60);
   settings.acceptance = Acceptance::rejection;
   settings.temperature = 1;
-  const auto first = decoder.run(prompts, settings).sequences[0].tokens;
-  EXPECT_EQ(decoder.run(prompts, settings).sequences[0].tokens, first);
-  settings.seed = 2;
-  EXPECT_NE(decoder.run(prompts, settings).sequences[0].tokens, first);
+  std::vector<std::string> names = {"none"};
+  for (const DrafterKind& kind : drafters()) names.emplace_back(kind.name);
+  for (const std::string& name : names) {
+    const configs::DecodeConfig& config = model_->config().decode;
+    const auto single = make_drafter(one, name, config), shared = make_drafter(many, name, config);
+    settings.seed = 1;
+    const auto text = one.run(alone, settings, single.get()).sequences[0].tokens;
+    EXPECT_EQ(one.run(alone, settings, single.get()).sequences[0].tokens, text) << name;
+    EXPECT_EQ(many.run(others, settings, shared.get()).sequences[0].tokens, text) << name;
+    const DecodeRun batch = many.run(same, settings, shared.get());
+    EXPECT_EQ(batch.sequences[0].tokens, text) << name;
+    EXPECT_NE(batch.sequences[1].tokens, text) << name;
+    EXPECT_NE(batch.sequences[2].tokens, text) << name;
+    EXPECT_NE(batch.sequences[1].tokens, batch.sequences[2].tokens) << name;
+    settings.seed = 2;
+    EXPECT_NE(one.run(alone, settings, single.get()).sequences[0].tokens, text) << name;
+  }
 }
 
 // Typical acceptance with a threshold that nothing passes is greedy decoding; one that everything passes
