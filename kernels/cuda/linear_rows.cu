@@ -176,8 +176,10 @@ class Ending {
   __device__ __forceinline__ void next_round() {
     const LineShare& share = outputs_.share;
     if (share.blocks == 1) return __syncthreads();
-    if (threadIdx.x == 0) blocks_.expect(share);
     cluster_sync_shared();
+    // Not ahead of that: nothing else keeps the next phase of a block that writes no line from ending while
+    // some of its warps still wait for this one.
+    if (threadIdx.x == 0) blocks_.expect(share);
   }
 
  private:

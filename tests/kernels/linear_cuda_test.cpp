@@ -43,7 +43,7 @@ INSTANTIATE_TEST_SUITE_P(
           Sizes{330, 75, Form::plain}, Sizes{50, 1700, Form::add}, Sizes{4200, 768, Form::gelu},
           Sizes{33, 7000, Form::plain}, Sizes{400, 7000, Form::plain}, Sizes{768, 768, Form::add},
           Sizes{2304, 768, Form::norm}, Sizes{40, 200, Form::norm}, Sizes{40, 1600, Form::norm},
-          Sizes{5300, 200, Form::norm}, Sizes{3000, 1700, Form::add});
+          Sizes{5300, 200, Form::norm}, Sizes{3000, 1700, Form::add}, Sizes{1600, 6400, Form::add});
     }(),
     [](const auto& info) { return fmt::format("{}_from_{}", info.param.out, info.param.in); });
 
