@@ -273,11 +273,21 @@ FoldedState folded(const LinearAttentionState& x) {
           x.s.row_stride,  x.z.row_stride,  x.recent_k.row_stride,  x.recent_v.row_stride};
 }
 
+size_t commit_shared_bytes(int64_t width) {
+  return 2 * kFold * static_cast<size_t>((width + 3) / 4 * 4) * sizeof(float);
+}
+
+// Rows since the fold, and of the largest step, lie in shared memory.
 void check_width(const char* operation, int64_t width) {
-  constexpr int64_t kMost = 256;  // rows since the fold lie in shared memory
-  if (width > kMost)
+  const auto fits = [limit = static_cast<size_t>(shared_memory_limit())](int64_t w) {
+    return decode_shared_bytes(static_cast<int>(w), kFold + kMaxDecodeRows) <= limit &&
+           commit_shared_bytes(w) <= limit;
+  };
+  int64_t most = 256;
+  while (!fits(most)) --most;
+  if (width > most)
     throw ShapeError(std::string(operation) + ": the head size is " + std::to_string(width) +
-                     "; on a GPU decoding takes at most " + std::to_string(kMost));
+                     "; on this GPU decoding takes at most " + std::to_string(most));
 }
 
 template <class Task>
@@ -337,7 +347,7 @@ void linear_attention_commit(const Context& ctx, const CommitPath& path, LinearA
                         .key_heads = static_cast<int>(state.s.dim(1)),
                         .width = static_cast<int>(state.s.dim(2))};
   const auto grid = static_cast<unsigned>(state.s.rows() * state.s.dim(1));
-  const size_t bytes = 2 * kFold * static_cast<size_t>((task.width + 3) / 4 * 4) * sizeof(float);
+  const size_t bytes = commit_shared_bytes(task.width);
   visit_device_dtype(state.recent_v.dtype, [&](auto t) {
     run_kernel(ctx, "linear_attention_commit", linear_commit<decltype(t)>, dim3(grid), bytes, task);
   });
