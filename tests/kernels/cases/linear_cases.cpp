@@ -156,6 +156,25 @@ OpCase rows_norm_case(std::string name, LinearShape s, bool layer, bool gelu) {
   return op;
 }
 
+OpInput& input(OpCase& op, const std::string& name) {
+  return *std::find_if(op.inputs.begin(), op.inputs.end(), [&](const OpInput& x) { return x.name == name; });
+}
+
+// Rows whose mean is eighty times their deviation.
+OpCase far_from_zero(OpCase op) {
+  input(op, "x").offset = 40;
+  input(op, "x").scale = 0.5;
+  return op;
+}
+
+// Rows of which one element is a million times the others, as channels of trained models are.
+OpCase one_outlier(OpCase op) {
+  OpInput& x = input(op, "x");
+  for (int64_t i = 0; i < x.shape.numel(); ++i)
+    x.values.push_back(i % x.shape[1] == 11 ? 1000 : (static_cast<double>(i * 37 % 101) - 50) / (50 << 10));
+  return op;
+}
+
 // Panels enough for the form that a GPU has for them.
 OpCase vocabulary() {
   OpCase op =
@@ -210,6 +229,10 @@ std::vector<OpCase> linear_cases() {
       rows_norm_case("rows_norm_many", {.rows = 64, .in = 720, .out = 20, .padding = 8}, true, true),
       rows_norm_case("rows_norm_apart", {.rows = 5, .in = 37, .out = 33, .padding = 3}, true, false),
       rows_norm_case("rows_norm_long", {.rows = 33, .in = 1600, .out = 33}, true, false),
+      far_from_zero(rows_norm_case("rows_norm_far", {.rows = 9, .in = 256, .out = 40}, true, false)),
+      far_from_zero(rows_norm_case("rows_norm_far_rms", {.rows = 9, .in = 256, .out = 40}, false, false)),
+      one_outlier(rows_norm_case("rows_norm_outlier", {.rows = 9, .in = 256, .out = 40}, true, false)),
+      one_outlier(rows_norm_case("rows_norm_outlier_rms", {.rows = 9, .in = 256, .out = 40}, false, false)),
       rounds(rows_norm_case("rows_norm_rounds", {.rows = 20, .in = 72, .out = 3300}, true, false)),
       rounds(add_case("rows_add_rounds", {.rows = 19, .in = 776, .out = 1700}, true, true)),
       add_case("rows_add_long", {.rows = 19, .in = 1600, .out = 37, .padding = 3}, false, true),
