@@ -25,7 +25,7 @@ fi
 stage "building into build-test/"
 # Where no GPU can run it, the CUDA side is compiled for one architecture: that it compiles is what can be seen there.
 architectures=()
-if ! nvidia-smi -L >/dev/null 2>&1; then architectures=(-DFORETELL_CUDA_ARCHITECTURES=90a); fi
+if ! nvidia-smi -L >/dev/null 2>&1; then architectures=(-DFORETELL_CUDA_ARCHITECTURES=90); fi
 [ -f build-test/build.ninja ] || cmake --preset test "${architectures[@]}" >/dev/null
 cmake --build --preset test
 

@@ -305,17 +305,6 @@ struct Grid {
   Layout at;
 };
 
-// Whether blocks can share a tile: code for older architectures, translated for this GPU, has no clusters.
-bool shares_tiles() {
-  static const bool compiled = [] {
-    cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, softmax_decode_kernel<__half, 64>),
-          "reading a kernel's properties");
-    return attributes.ptxVersion >= 90;
-  }();
-  return compiled && has_clusters();
-}
-
 // As many blocks of a tile as have something to do, and are resident at once with those of all tiles.
 void share_tiles(Grid& g, int chunks, int width, int rows, int64_t all_tiles) {
   const int wanted = std::max((chunks + g.stages - 1) / g.stages, (g.rows + g.stages - 1) / g.stages);
@@ -327,7 +316,7 @@ void share_tiles(Grid& g, int chunks, int width, int rows, int64_t all_tiles) {
     return all_tiles << shift <= (two ? 2 : 1) * multiprocessors();
   };
   g.shift = 0;
-  while (shares_tiles() && g.shift < kMostShift && 1 << g.shift < wanted && resident(g.shift + 1)) ++g.shift;
+  while (has_clusters() && g.shift < kMostShift && 1 << g.shift < wanted && resident(g.shift + 1)) ++g.shift;
   g.at = lay_out(g.shift);
 }
 

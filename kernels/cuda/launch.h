@@ -20,7 +20,7 @@ struct LaunchShape {
 // GPU has nothing to gain by that.
 inline bool starts_early(unsigned blocks) { return blocks <= 256; }
 
-// Whether the current device has clusters and dependent launches.
+// Whether the current device has clusters and dependent launches, and so has what was compiled for it.
 bool has_clusters();
 
 template <typename... Parameters, typename... Arguments>
