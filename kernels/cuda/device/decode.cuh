@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/device/element.cuh"
+#include "kernels/cuda/device/functions.cuh"
 
 namespace kernels::cuda {
 
@@ -27,13 +28,6 @@ __device__ __forceinline__ int nth_bit(uint64_t mask, int n) {
     }
   }
   return place;
-}
-
-// 2^x as the hardware has it: relative error 2^-22, results below 2^-126 become 0.
-__device__ __forceinline__ float binary_exp(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // 1 / x as the hardware has it: relative error 2^-23.
@@ -56,7 +50,7 @@ struct ChunkWeights {
 __device__ __forceinline__ ChunkWeights take_chunk(float& maximum, float& sum, float chunk_maximum,
                                                    float chunk_sum) {
   const float top = fmaxf(maximum, chunk_maximum);
-  const ChunkWeights w{binary_exp(maximum - top), binary_exp(chunk_maximum - top)};
+  const ChunkWeights w{exp2_fast(maximum - top), exp2_fast(chunk_maximum - top)};
   sum = fmaf(sum, w.state, __fmul_rn(chunk_sum, w.chunk));
   maximum = top;
   return w;

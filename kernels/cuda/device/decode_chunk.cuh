@@ -109,8 +109,8 @@ __device__ __forceinline__ Weights weigh(uint32_t queries, const uint32_t (&keys
     if (n == kHalf && !both) break;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float a = binary_exp(fmaf(s[n][2 * half], scale, -w.maximum[half])),
-                  b = binary_exp(fmaf(s[n][2 * half + 1], scale, -w.maximum[half]));
+      const float a = exp2_fast(fmaf(s[n][2 * half], scale, -w.maximum[half])),
+                  b = exp2_fast(fmaf(s[n][2 * half + 1], scale, -w.maximum[half]));
       w.p[n / 2][n % 2 * 2 + half] = pack<T>(a, b);
       w.sum[half] += a + b;
     }

@@ -133,7 +133,7 @@ class SweepOperands {
     const float y = ((x > 0 ? x : 0) + slope(x)) * factor;
     return kHalf && y > 65504.0f ? 65504.0f : y;
   }
-  __device__ static float slope(float x) { return fast_exp(x > 0 ? 0 : x); }
+  __device__ static float slope(float x) { return exp_fast(x > 0 ? 0 : x); }
   __device__ void make_operands(int stage, int inside, float scale) const {
     if constexpr (!kStateOnly && (kForward || kSweep == Sweep::dv))
       make_features<false>(m.tile[kA][stage], stage, inside, scale);

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/device/functions.cuh"
+
 namespace kernels::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -107,13 +109,6 @@ __device__ __forceinline__ float2 unpack(uint32_t x) {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&x));
 }
 
-// e^x as the hardware has it: relative error 2^-22 near 0, results below 2^-126 become 0.
-__device__ __forceinline__ float fast_exp(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
-
 // elu + 1 of two elements. Where max(x, 0) is not zero the exponential is 1, so that the sum is rounded once,
 // as it would be from fp32; not a number stays so.
 template <class T>
@@ -124,7 +119,7 @@ __device__ __forceinline__ uint32_t elu_plus_one(uint32_t x) {
   const Pair zeros = *reinterpret_cast<const Pair*>(&zero);
   const Pair low = __hmin2_nan(v, zeros), high = __hmax2(v, zeros);
   const float2 e = unpack<T>(*reinterpret_cast<const uint32_t*>(&low));
-  const uint32_t rounded = pack<T>(fast_exp(e.x), fast_exp(e.y));
+  const uint32_t rounded = pack<T>(exp_fast(e.x), exp_fast(e.y));
   const Pair sum = __hadd2(*reinterpret_cast<const Pair*>(&rounded), high);
   return *reinterpret_cast<const uint32_t*>(&sum);
 }

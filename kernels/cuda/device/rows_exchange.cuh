@@ -2,7 +2,7 @@
 // How the blocks of a cluster put the sums of a row-invariant product together (kernels/cuda/linear_rows.cu):
 // every block sends what it has of an output to the block that writes it.
 #include "kernels/cuda/device/cluster.cuh"
-#include "kernels/cuda/device/matrix.cuh"
+#include "kernels/cuda/device/mma.cuh"
 
 namespace kernels::cuda {
 

@@ -3,7 +3,7 @@
 // registers, the norm of x there, and the products of the two.
 #include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/element.cuh"
-#include "kernels/cuda/device/matrix.cuh"
+#include "kernels/cuda/device/mma.cuh"
 #include "kernels/ops/linear.h"
 
 namespace kernels::cuda {
@@ -167,7 +167,7 @@ class BlockWeights {
 #if __CUDA_ARCH__ >= 900
     wait_for_phase<false>(arrived_, fetches_ - 1);
 #else
-    wait_copies<0>();
+    wait_for_copies<0>();
 #endif
   }
   __device__ __forceinline__ uint4 at(int panel, int tile, int half) const {
@@ -215,7 +215,7 @@ class BlockWeights {
           copy_weights(shared_ + place(p, half) + tile_[i],
                        from + (warp * kVectors + tile_[i]) / kVectors * kTile + half * (kTile / 2));
     }
-    commit_copies();
+    end_copies();
 #endif
   }
 

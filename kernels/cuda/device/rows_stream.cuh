@@ -47,7 +47,7 @@ struct WeightRing {
       }
     }
     // One group a unit, even of nothing: they are waited for by count.
-    commit_copies();
+    end_copies();
     slot = slot + 1 == kRingUnits ? 0 : slot + 1;
     if (++unit < kWarps) return;
     unit = 0;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_kernel(const RowsCall a) {
 #pragma unroll 1
       for (int w = 0; w < kWarps; ++w) {
         unit.set(0);
-        wait_copies<kRingUnits - 1>();
+        wait_for_copies<kRingUnits - 1>();
         unit.multiply(ring, tiles.first + w, tiles.last, x, lane);
         ring.fetch(a, lane, stride);
         slice.add(unit);
