@@ -12,6 +12,7 @@
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -51,10 +52,11 @@ HWY_INLINE hn::Vec<D> load(D d, const bf16* p, Whole) {
 // Lanes beyond the part hold `fill`.
 template <class D, typename T>
 HWY_INLINE hn::Vec<D> load(D d, const T* p, Part part, hn::TFromD<D> fill = 0) {
-  T staged[HWY_MAX_BYTES / sizeof(hn::TFromD<D>)];
-  for (size_t i = part.count; i < hn::Lanes(d); ++i) staged[i] = T(fill);
-  std::memcpy(staged, p, part.count * sizeof(T));
-  return load(d, staged, Whole{});
+  constexpr size_t kMost = HWY_MAX_BYTES / sizeof(hn::TFromD<D>);
+  T staged[kMost] = {};
+  std::memcpy(staged, p, std::min(part.count, kMost) * sizeof(T));
+  // Not by way of T, which would round it.
+  return hn::IfThenElse(hn::FirstN(d, part.count), load(d, staged, Whole{}), hn::Set(d, fill));
 }
 template <class D, typename T>
 HWY_INLINE hn::Vec<D> load(D d, const T* p, Whole whole, hn::TFromD<D>) {

@@ -1,5 +1,6 @@
 #include "kernels/ops/norm.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -56,14 +57,23 @@ TEST(Norm, LargestHalvesStayFinite) {
 
 // A mean far above the spread: two passes keep the variance (E[x^2] - mean^2 in fp32 would be 0 or negative).
 TEST(Norm, LayerSurvivesALargeMean) {
-  constexpr int64_t kColumns = 64;
-  std::vector<double> values(kColumns);
-  for (int64_t i = 0; i < kColumns; ++i) values[i] = 10000 + (i % 2 ? 0.5 : -0.5);
-  const auto x = buffer_of(DType::f32, {1, kColumns}, values);
-  const auto gain = buffer_of(DType::f32, {kColumns}, std::vector<double>(kColumns, 1));
-  TensorBuffer y(DType::f32, {1, kColumns});
-  kernels::norm({}, {.kind = NormKind::layer, .eps = 0}, x, gain, {}, y, {});
-  for (int64_t i = 0; i < kColumns; ++i) EXPECT_NEAR(y.values()[i], i % 2 ? 1 : -1, 1e-6);
+  struct Row {
+    DType dtype;
+    double mean, apart, tolerance;
+  };
+  // Neighbouring numbers of each type, or nearly; columns that are no whole number of vectors.
+  for (const Row& row : {Row{DType::f32, 10000, 0.5, 1e-6}, Row{DType::f16, 100.03125, 0.03125, 1e-3},
+                         Row{DType::bf16, 3.0078125, 0.0078125, 8e-3}})
+    for (const int64_t columns : {64, 24, 22, 200}) {
+      SCOPED_TRACE(fmt::format("{} columns, {}", columns, name_of(row.dtype)));
+      std::vector<double> values(static_cast<size_t>(columns));
+      for (size_t i = 0; i < values.size(); ++i) values[i] = row.mean + (i % 2 ? row.apart : -row.apart);
+      const auto x = buffer_of(row.dtype, {1, columns}, values);
+      const auto gain = buffer_of(row.dtype, {columns}, std::vector<double>(values.size(), 1));
+      TensorBuffer y(row.dtype, {1, columns});
+      kernels::norm({}, {.kind = NormKind::layer, .eps = 0}, x, gain, {}, y, {});
+      for (size_t i = 0; i < values.size(); ++i) EXPECT_NEAR(y.values()[i], i % 2 ? 1 : -1, row.tolerance);
+    }
 }
 
 TEST(Norm, ResidualNormIsAddThenNorm) {
