@@ -123,7 +123,7 @@ struct OptimConfig {
     v(lr_floor, "lr_floor", Range{0, 1}, "last learning rate as a fraction of the peak");
     v(decay_fraction, "decay_fraction", Range{0, 1}, "warmup_stable_decay: the final part that decays");
     v(beta1, "beta1", Range{0, 0.99999}, "AdamW first-moment decay");
-    v(beta2, "beta2", Range{0, 0.99999999}, "AdamW second-moment decay");
+    v(beta2, "beta2", Range{0, 0.9999999}, "AdamW second-moment decay");
     v(eps, "eps", Range{1e-20, 1}, "AdamW epsilon");
     v(weight_decay, "weight_decay", Range{0, 10}, "decoupled weight decay, matrices only");
     v(clip, "clip", Range{0, 1e9}, "largest gradient norm; 0 does not clip");

@@ -26,16 +26,17 @@ void for_pieces(std::span<const Segment> segments, const OptimizerBuffers& buffe
   const Shard& shard = buffers.shard;
   const int64_t size = shard.piece > 0 ? shard.piece : optimizer_piece(buffers.gradients.numel());
   const int64_t before = first / size, pieces = (last + size - 1) / size - before;
-  parallel_for(pieces, last - first < (int64_t{1} << 15) ? pieces : 1, [&](int64_t from, int64_t to) {
-    for (int64_t piece = before + from; piece < before + to; ++piece) {
-      const int64_t low = piece * size, high = std::min(last, low + size);
-      for (const Segment& s : segments) {
-        const int64_t begin = std::max(low, s.begin), end = std::min(high, s.begin + s.count);
-        if (s.trainable && begin < end)
-          fn(piece * shard.ranks + shard.rank, s, begin, end, shard.place(low) - low);
-      }
-    }
-  });
+  parallel_for(pieces, last - first < (int64_t{1} << 15) ? std::max<int64_t>(1, pieces) : 1,
+               [&](int64_t from, int64_t to) {
+                 for (int64_t piece = before + from; piece < before + to; ++piece) {
+                   const int64_t low = piece * size, high = std::min(last, low + size);
+                   for (const Segment& s : segments) {
+                     const int64_t begin = std::max(low, s.begin), end = std::min(high, s.begin + s.count);
+                     if (s.trainable && begin < end)
+                       fn(piece * shard.ranks + shard.rank, s, begin, end, shard.place(low) - low);
+                   }
+                 }
+               });
 }
 
 // Squares of fp32 numbers do not overflow in fp64: the sum is finite exactly when every element is.

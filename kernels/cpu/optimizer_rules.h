@@ -15,6 +15,7 @@ constexpr float scheduled_rate(const Schedule& s, int64_t updates) {
   // The fraction of [begin, total) that lies behind.
   auto progress = [&](double begin) {
     const double length = static_cast<double>(s.total) - begin;
+    if (static_cast<double>(updates) < begin) return 0.0;
     return length <= 0 ? 1.0 : std::clamp((static_cast<double>(updates) - begin) / length, 0.0, 1.0);
   };
   const double floor = s.floor, warmup = static_cast<double>(s.warmup);

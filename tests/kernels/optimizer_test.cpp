@@ -357,6 +357,9 @@ TEST(Schedule, FollowsItsDefinition) {
   EXPECT_FLOAT_EQ(kernels::learning_rate(stable, 55), 2.0f);
   EXPECT_NEAR(kernels::learning_rate(stable, 82), 2 * (1 - 0.9 * 27 / 55), 1e-6);
   EXPECT_FLOAT_EQ(kernels::learning_rate(stable, 110), 0.2f);
+  stable.decay_fraction = 0;
+  EXPECT_FLOAT_EQ(kernels::learning_rate(stable, 10), 2.0f);
+  EXPECT_FLOAT_EQ(kernels::learning_rate(stable, 109), 2.0f);
   const Schedule constant{.kind = ScheduleKind::constant, .lr = 3.0f, .warmup = 0, .total = 1};
   EXPECT_FLOAT_EQ(kernels::learning_rate(constant, 0), 3.0f);
   EXPECT_FLOAT_EQ(kernels::learning_rate(constant, 12345), 3.0f);
