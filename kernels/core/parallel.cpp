@@ -1,5 +1,6 @@
 #include "kernels/core/parallel.h"
 
+#include <fmt/format.h>
 #include <immintrin.h>
 #include <sched.h>
 
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "kernels/core/cores.h"
+#include "kernels/core/error.h"
 
 namespace kernels {
 
@@ -27,14 +29,14 @@ thread_local bool inside_region = false;
 class Team {
  public:
   explicit Team(int count) : count_(count), claims_(static_cast<size_t>(count)) {
-    for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::exception&) {
+      end();
+      throw DeviceError(fmt::format("the system does not start {} threads; lower train.threads", count));
+    }
   }
-  ~Team() {
-    stop_ = true;
-    epoch_.fetch_add(1);
-    epoch_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~Team() { end(); }
   int count() const { return count_; }
 
   void run(detail::RegionFn fn, void* state) {
@@ -58,6 +60,13 @@ class Team {
   }
 
  private:
+  void end() {
+    stop_ = true;
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
   void call(int thread) {
     inside_region = true;
     try {

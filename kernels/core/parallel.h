@@ -8,7 +8,7 @@
 namespace kernels {
 
 // Number of threads of the team, the caller included. May be set again between regions. 0 means
-// available_cores().
+// available_cores(). DeviceError where the system does not start as many.
 void set_threads(int count);
 int threads();
 

@@ -3,13 +3,18 @@
 
 #include <gtest/gtest.h>
 #include <pthread.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <thread>
 #include <vector>
+
+#include "kernels/core/error.h"
 
 namespace {
 
@@ -69,6 +74,23 @@ TEST_F(Parallel, RegionsInsideOthersStayOnTheirThread) {
     });
   });
 }
+
+#ifndef __SANITIZE_ADDRESS__  // which needs the memory that is forbidden here
+TEST_F(Parallel, ThreadsThatCannotBeStartedAreAnError) {
+  const auto start_too_many = [] {
+    const rlimit limit{1 << 30, 1 << 30};  // bytes of addresses, far fewer than the threads' stacks
+    if (setrlimit(RLIMIT_AS, &limit) != 0) std::exit(1);
+    try {
+      kernels::set_threads(4096);
+    } catch (const kernels::DeviceError& e) {
+      std::fputs(e.what(), stderr);
+      std::exit(3);
+    }
+    std::exit(2);
+  };
+  EXPECT_EXIT(start_too_many(), testing::ExitedWithCode(3), "does not start 4096 threads; lower");
+}
+#endif
 
 std::atomic<bool> held{false}, released{false};
 
