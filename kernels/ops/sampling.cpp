@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 namespace kernels {
 
 namespace {
@@ -29,6 +31,7 @@ void probabilities(const Context& ctx, const Tensor& logits, float temperature, 
     throw ShapeError(
         fmt::format("probabilities: temperature is {}, expected a positive number", temperature));
   if (ctx.rehearsal) return;
+  temperature = std::max(temperature, 1e-30f);  // of which there is a reciprocal
   if constexpr (kCudaEnabled)
     if (ctx.device.is_cuda()) return cuda::probabilities(ctx, logits, temperature, p);
   return cpu::probabilities(ctx, logits, temperature, p);
