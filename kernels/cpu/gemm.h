@@ -1,6 +1,6 @@
 #pragma once
 // General matrix product with sums in fp32 (fp64 for fp64).
-//   c (M, N) = op(a) op(b) + bias, or c += ...     op(a) (M, K), op(b) (K, N); bias (N) or null
+//   c (M, N) = op(a) op(b) + bias, or c += op(a) op(b), without a bias     op(a) (M, K), op(b) (K, N)
 // a and b of one type; c of that type or its main type, rounded once. The result does not depend on the
 // number of threads.
 #include "kernels/core/tensor.h"

@@ -19,6 +19,8 @@ int device_attribute(cudaDeviceAttr which);
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 // Bytes of shared memory that a block can ask for there.
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+// ShapeError where attention's blocks for heads of `width` elements need more than that.
+void check_shared_memory(const char* operation, int64_t width, size_t bytes);
 // And what each block takes of a multiprocessor's besides, which is as much larger.
 inline constexpr int kReservedShared = 1024;
 

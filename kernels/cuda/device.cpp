@@ -26,6 +26,15 @@ int device_attribute(cudaDeviceAttr which) {
   return value;
 }
 
+void check_shared_memory(const char* operation, int64_t width, size_t bytes) {
+  const auto limit = static_cast<size_t>(shared_memory_limit());
+  if (bytes > limit)
+    throw ShapeError(fmt::format(
+        "{}: heads of {} elements need {} KiB of shared memory in a block, and this GPU has {}; use "
+        "more heads that are smaller (model.heads)",
+        operation, width, (bytes + 1023) / 1024, limit / 1024));
+}
+
 int device_count() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;

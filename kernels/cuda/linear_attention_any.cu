@@ -197,6 +197,7 @@ void launch(Kernel* kernel, int64_t grid, const SweepTask& task, cudaStream_t st
 }  // namespace
 
 SweepPlan any_sweep_plan(int64_t rows, int64_t sequences, int64_t heads, int64_t width) {
+  check_shared_memory("linear_attention", width, state_floats(static_cast<int>(width)) * sizeof(float));
   const int64_t blocks = (width + kTile - 1) / kTile;
   SweepPlan plan = plan_segments(rows, sequences, heads * blocks, 4 * kMultiprocessors);
   plan.state_floats *= blocks * static_cast<int64_t>(state_floats(static_cast<int>(width)));

@@ -2,7 +2,6 @@
 // ancestors and itself. Every sum depends on places in that list and on the width alone, so that a row's
 // result is the same bits alone, in a chain or in a tree.
 #include <algorithm>
-#include <string>
 
 #include "kernels/core/error.h"
 #include "kernels/cuda/device/cluster.cuh"
@@ -279,15 +278,8 @@ size_t commit_shared_bytes(int64_t width) {
 
 // Rows since the fold, and of the largest step, lie in shared memory.
 void check_width(const char* operation, int64_t width) {
-  const auto fits = [limit = static_cast<size_t>(shared_memory_limit())](int64_t w) {
-    return decode_shared_bytes(static_cast<int>(w), kFold + kMaxDecodeRows) <= limit &&
-           commit_shared_bytes(w) <= limit;
-  };
-  int64_t most = 256;
-  while (!fits(most)) --most;
-  if (width > most)
-    throw ShapeError(std::string(operation) + ": the head size is " + std::to_string(width) +
-                     "; on this GPU decoding takes at most " + std::to_string(most));
+  const size_t decode = decode_shared_bytes(static_cast<int>(width), kFold + kMaxDecodeRows);
+  check_shared_memory(operation, width, std::max(decode, commit_shared_bytes(width)));
 }
 
 template <class Task>

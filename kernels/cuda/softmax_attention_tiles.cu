@@ -292,11 +292,15 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Backward p) {
   if constexpr (kKeys) store_own<D>(dc, one, p.dc, first, end, own_head, p.width);
 }
 
+size_t shared_bytes(int own, int padded) {
+  return sizeof(float) *
+         static_cast<size_t>(own * padded * kTile + kThreads * kOwn + 2 * kTile * (padded + 1));
+}
+
 template <typename Parameters>
 void launch(const Context& ctx, void (*kernel)(Parameters), const Parameters& p, int64_t heads, int own,
             int padded) {
-  const size_t bytes =
-      sizeof(float) * static_cast<size_t>(own * padded * kTile + kThreads * kOwn + 2 * kTile * (padded + 1));
+  const size_t bytes = shared_bytes(own, padded);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
         "softmax_attention");
   const dim3 grid(static_cast<unsigned>((p.sequences.rows + kTile - 1) / kTile),
@@ -368,6 +372,9 @@ void backward(const Context& ctx, const AttentionCall& c, float* delta) {
 
 void tiled_attention(const Context& ctx, const AttentionCall& call) {
   if (call.rows() == 0) return;
+  visit(call, [&](auto padded) {
+    check_shared_memory("softmax_attention", call.width(), shared_bytes(call.backward() ? 2 : 1, padded()));
+  });
   if (!call.backward()) {
     if (!ctx.rehearsal) forward(ctx, call);
     return;

@@ -63,6 +63,7 @@ void norm_backward(const Context& ctx, const NormParams& params, const Tensor& d
   check_statistics(kName, params, statistics, dy);
   check_shape(kName, "dx", dx, x.shape);
   if (dx.dtype != dy.dtype) check_dtype(kName, "dx", dx, x.dtype);
+  if (dbias && !dgain) throw ShapeError("norm_backward: dbias is written with dgain only");
   for (const auto& [name, t] : {std::pair{"dgain", &dgain}, {"dbias", &dbias}}) {
     if (!*t) continue;
     check_shape(kName, name, *t, gain.shape);

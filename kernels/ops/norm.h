@@ -5,9 +5,9 @@
 // x (N, G * E) is normalised in G groups of E columns each (G = 1 for the usual norm, G = heads for a
 // per-head norm); gain and bias (G * E) cover all columns. x may be of the main type (fp32) while y is of the
 // compute type. Saved: statistics (N, G, 2) in the main type: mean (0 for rms) and r. Backward: dx written
-// (or +=, so that a residual's gradient and a branch's meet in one pass); dgain, dbias += in the main type.
-// Statistics and sums are fp32. On a GPU norm_backward takes the shares of dgain and dbias from ctx.scratch.
-// Source: Zhang & Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
+// (or +=, so that a residual's gradient and a branch's meet in one pass); dgain, dbias += in the main type,
+// dbias with dgain only. Statistics and sums are fp32. On a GPU norm_backward takes the shares of dgain and
+// dbias from ctx.scratch. Source: Zhang & Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm).
 #include "kernels/core/context.h"
 #include "kernels/core/tensor.h"
 

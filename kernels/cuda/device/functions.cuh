@@ -1,5 +1,6 @@
 #pragma once
-// Exponentials on the device, from its exp2 and reciprocal units: relative errors of a few 2^-23.
+// Exponentials on the device, from its exp2 and reciprocal units: relative errors of a few 2^-23 near 0; that
+// of exp_fast, whose argument is rounded once more, grows by |x| / 2 of them.
 namespace kernels::cuda {
 
 inline constexpr float kLog2E = 1.44269504088896341f;
