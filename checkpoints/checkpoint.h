@@ -51,8 +51,9 @@ class Writer {
   bool written() const;  // a save is complete and waits for commit or discard
   // Waits; returns false with a reason when the save failed (training goes on with a warning).
   bool wait(std::string& reason);
-  // After all ranks agreed: manifest, fsync, rename, `latest`. Returns the checkpoint's path. A checkpoint of
-  // the same step is replaced. CheckpointError when that fails; the save is discarded then.
+  // After all ranks agreed: manifest, fsync, rename, `latest` (a hint, which may fail). Returns the
+  // checkpoint's path. A checkpoint of the same step is replaced. CheckpointError when that fails; the save
+  // is discarded then.
   std::filesystem::path commit();
   void discard();  // waits, then removes what was written
 
@@ -91,6 +92,8 @@ std::filesystem::path resolve(const std::filesystem::path& run_or_checkpoint,
                               const std::function<void(const std::string&)>& warn = {});
 // Also true when all that is left was set aside as *.bad: then nothing may start from step 0 silently.
 bool has_steps(const std::filesystem::path& directory);
+// The highest step of which there is a folder, whole or not; -1 without any.
+int64_t newest_step(const std::filesystem::path& directory);
 // Keeps the newest `keep` (at least 2) that verify and everything newer than those, multiples of keep_every,
 // and `best` (step, or -1); deletes the rest.
 void retain(const std::filesystem::path& directory, int64_t keep, int64_t keep_every, int64_t best);

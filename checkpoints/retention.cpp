@@ -44,6 +44,11 @@ bool has_steps(const Path& directory) {
   return false;
 }
 
+int64_t newest_step(const Path& directory) {
+  const std::vector<int64_t> steps = steps_in(directory);
+  return steps.empty() ? -1 : steps.front();
+}
+
 Path find_newest(const Path& directory, bool set_bad_aside,
                  const std::function<void(const std::string&)>& warn) {
   if (!has_steps(directory)) return {};

@@ -94,6 +94,7 @@ struct Writer::Impl {
   void prepare_directory();
   void reserve(const std::vector<NamedTensor>& given);
   void run() noexcept;
+  void point_at(const Path& target) const;
   void write_shard(int index);
   void join() {
     if (thread.joinable()) thread.join();
@@ -104,6 +105,19 @@ struct Writer::Impl {
     state = State::idle;
   }
 };
+
+// `latest` is for people, and scripts of theirs: where it cannot be written the checkpoint is as good.
+void Writer::Impl::point_at(const Path& target) const {
+  const Path hint = directory / fmt::format("{}latest", kTemporaryPrefix);
+  try {
+    write_synced(hint, target.filename().string() + "\n");
+    rename_over(hint, directory / "latest");
+    sync_path(directory);
+  } catch (const CheckpointError&) {
+    std::error_code ignored;
+    std::filesystem::remove(hint, ignored);
+  }
+}
 
 // Takes memory for a snapshot of the given tensors.
 void Writer::Impl::reserve(const std::vector<NamedTensor>& given) {
@@ -232,14 +246,11 @@ Path Writer::commit() {
     sync_path(impl_->temporary());
     replace_directory(impl_->temporary(), target);
     sync_path(impl_->directory);
-    const Path hint = impl_->directory / fmt::format("{}latest", kTemporaryPrefix);
-    write_synced(hint, target.filename().string() + "\n");
-    rename_over(hint, impl_->directory / "latest");
-    sync_path(impl_->directory);
   } catch (...) {
     impl_->clear();
     throw;
   }
+  impl_->point_at(target);
   impl_->state = Impl::State::idle;
   remember_verified(target);  // what was read back is what was renamed
   return target;

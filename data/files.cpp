@@ -151,6 +151,29 @@ void write_file(const fs::path& path, const std::vector<std::string_view>& piece
   fd.close();
 }
 
+void write_whole(const fs::path& file, const std::string& contents) {
+  fs::path temporary = file;
+  temporary += ".tmp";
+  std::error_code error;
+  const auto check = [&](const fs::path& path) {
+    if (error)
+      throw DataError("cannot write " + path.string() + " (" + error.message() +
+                      "): check permissions and free space");
+  };
+  if (!file.parent_path().empty()) fs::create_directories(file.parent_path(), error);
+  check(file.parent_path());
+  fs::remove(temporary, error);
+  check(temporary);
+  try {
+    write_file(temporary, {contents});
+  } catch (...) {
+    fs::remove(temporary, error);
+    throw;
+  }
+  fs::rename(temporary, file, error);
+  check(file);
+}
+
 void check_free_space(const fs::path& folder, int64_t bytes) {
   struct statvfs status {};
   if (::statvfs(folder.c_str(), &status) != 0) fail(folder, "read", errno);

@@ -19,6 +19,10 @@ std::string read_file(const std::filesystem::path& path);
 // Writes a new file and has it on disk when it returns.
 void write_file(const std::filesystem::path& path, const std::vector<std::string_view>& pieces);
 
+// The same in place of what has that name, in one moment: the file is the old one, or the new one whole.
+// Makes the folders above it.
+void write_whole(const std::filesystem::path& file, const std::string& contents);
+
 // DataError if the file system of `folder` has less than `bytes` left.
 void check_free_space(const std::filesystem::path& folder, int64_t bytes);
 

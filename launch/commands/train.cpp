@@ -96,15 +96,23 @@ trainer::TrainResult train(const configs::Config& config, comm::Communicator& wo
   }
 }
 
+// What evaluate and generate are given: the run, or the checkpoint of another one that had nothing left to
+// do.
+std::string model_of(const configs::Config& config, const trainer::TrainResult& result) {
+  const fs::path folder = result.checkpoint.parent_path();
+  return folder == fs::path(config.log.run) / "checkpoints" ? config.log.run : result.checkpoint.string();
+}
+
 void print_end(const configs::Config& config, const trainer::TrainResult& result, double seconds) {
   if (result.reason == trainer::StopReason::asked_to_stop)
     fmt::print("stopped at step {} and saved {}; go on with --resume auto\n", result.step,
                result.checkpoint.string());
   else
     fmt::print(
-        "finished {} steps in {}; the model is in {}\nnext: foretell evaluate {}\n      foretell generate {} "
+        "finished {0} steps in {1}; the model is in {2}\nnext: foretell evaluate {3}\n      foretell "
+        "generate {3} "
         "--prompt TEXT\n",
-        result.step, time_text(seconds), result.checkpoint.string(), config.log.run, config.log.run);
+        result.step, time_text(seconds), result.checkpoint.string(), model_of(config, result));
 }
 
 }  // namespace

@@ -55,6 +55,14 @@ TEST_F(RoundTrip, FilesAreLittleLargerThanWhatTheyHold) {
   EXPECT_LT(fs::file_size(path / "shard_000.h5"), total + total / 50);
 }
 
+// `latest` is a hint.
+TEST_F(RoundTrip, ACheckpointIsWholeWhereTheHintCannotBeWritten) {
+  fs::create_directories(directory_ / "latest" / "in the way");
+  State state = small_state(3);
+  EXPECT_EQ(state.compare(save(directory_, state, 1)), "");
+  EXPECT_EQ(state.compare(checkpoints::find_newest(directory_, true, {})), "");
+}
+
 TEST_F(RoundTrip, OnlyLargeTensorsAreCut) {
   std::vector<float> data(700001, 1.5f);
   const Tensor small(data.data(), DType::f32, {1000, 100}), large(data.data(), DType::f32, {700001});

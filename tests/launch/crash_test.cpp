@@ -187,5 +187,18 @@ TEST_F(Crash, NoSpaceForTheLastCheckpoint) {
   goes_on_to_the_same_end();
 }
 
+// Wherever it happens, also when all but the manifest is written: saves on the way are warnings.
+TEST_F(Crash, NoSpaceForACheckpointOnTheWay) {
+  run_whole();
+  const long half = count_calls() / 2;
+  for (long at = half - 8; at <= half; ++at) {
+    SCOPED_TRACE(at);
+    fs::remove_all(run());
+    const Outcome full = train_with_faults("FULL_AT=" + std::to_string(at));
+    EXPECT_EQ(full.exit_code, 74) << full.errors;
+    EXPECT_NE(full.errors.find("run again with --resume auto"), std::string::npos) << full.errors;
+  }
+}
+
 }  // namespace
 }  // namespace launch

@@ -157,7 +157,7 @@ TEST_F(Job, CheckpointsOfAnotherArchitectureOrTokenizer) {
                 .exit_code,
             0);
   expect_one_line(foretell_ranks(2, train("--resume auto --set train.steps=8 --set model.ffn_width=96")), 74,
-                  "use the configuration it was trained with");
+                  "was trained with model.ffn_width = 64");
   expect_one_line(foretell_ranks(2, train("--resume auto --set train.steps=8" + on_other)), 74,
                   "another tokenizer");
   expect_one_line(foretell_ranks(2, train(to_new + from_run + "--set model.width=64")), 74, "set it to 32");

@@ -100,13 +100,13 @@ void TinyModel::rehearse(const PackedBatch& batch, kernels::Arena& saved, kernel
 }
 
 std::vector<double> TinyModel::train(const PackedBatch& batch, const trainer::GradientsFinal& gradients_final,
-                                     float scale) {
+                                     float scale, bool clear) {
   kernels::Arena saved("saved", {}), scratch("scratch", {});
   rehearse(batch, saved, scratch);
   saved.place();
   scratch.place();
   const kernels::Context ctx{{}, {}, &scratch, false};
-  kernels::fill(ctx, parameters().buffers().gradients, 0.0f);
+  if (clear) kernels::fill(ctx, parameters().buffers().gradients, 0.0f);
   std::vector<double> losses(model_->losses().size());
   model_->forward_backward(ctx, batch.view(), seeds(scale), saved,
                            view_of(losses, {static_cast<int64_t>(losses.size())}), gradients_final);

@@ -38,9 +38,9 @@ class TinyModel {
   trainer::ParameterStore& parameters() { return model_->parameters(); }
   TensorBuffer seeds(float scale = 1.0f) const;
   void rehearse(const PackedBatch& batch, kernels::Arena& saved, kernels::Arena& scratch);
-  // Loss sums by forward_backward; the gradients are cleared before.
+  // Loss sums by forward_backward; the gradients are cleared before, or added to.
   std::vector<double> train(const PackedBatch& batch, const trainer::GradientsFinal& gradients_final = {},
-                            float scale = 1.0f);
+                            float scale = 1.0f, bool clear = true);
   std::vector<double> evaluate(const PackedBatch& batch);
   // Sum of the losses times their weights.
   double total(const std::vector<double>& losses) const;

@@ -179,6 +179,12 @@ TEST(ModelTraining, GradientsAccumulateAndScale) {
   tiny.train(batch, {}, 4.0f);
   const std::vector<double> scaled = tiny.gradients();
   for (size_t i = 0; i < once.size(); ++i) ASSERT_EQ(scaled[i], 4 * once[i]) << i;  // a power of two is exact
+  tiny.train(batch, {}, 1.0f, false);
+  const std::vector<double> both = tiny.gradients();
+  double largest = 0;
+  for (const double g : once) largest = std::max(largest, std::abs(g));
+  // fp64 sums of some dozen terms, from zero and from what is there.
+  for (size_t i = 0; i < once.size(); ++i) ASSERT_NEAR(both[i], 5 * once[i], 1e-13 * largest) << i;
 }
 
 TEST(ModelTraining, NewMedusaHeadsEqualTheLanguageModel) {

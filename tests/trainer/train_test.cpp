@@ -12,6 +12,7 @@
 #include "kernels/core/error.h"
 #include "tests/support/tiny_run.h"
 #include "trainer/train/loop.h"
+#include "trainer/train/metrics.h"
 #include "trainer/train/step.h"
 
 namespace {
@@ -117,6 +118,102 @@ TEST_F(Train, AFinalSaveThatFailsIsAnError) {
   EXPECT_FALSE(checkpoints::has_steps(fs::path(config.log.run) / "checkpoints"));
 }
 
+// The limit is lifted when the save of step 3 has failed: the one of step 6 waited for it.
+TEST_F(Train, ASaveThatFailsOnTheWayIsAWarning) {
+  auto config = named("full_once");
+  config.train.steps = 9;
+  config.checkpoint.every = 3;
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  getrlimit(RLIMIT_FSIZE, &before);
+  rlimit small = before;
+  small.rlim_cur = 100000;
+  setrlimit(RLIMIT_FSIZE, &small);
+  int calls = 0;
+  trainer::TrainOptions options;
+  options.stop_requested = [&] {
+    if (++calls == 8) setrlimit(RLIMIT_FSIZE, &before);
+    return false;
+  };
+  testing::internal::CaptureStderr();
+  const auto result = train(config, options);
+  setrlimit(RLIMIT_FSIZE, &before);
+  const std::string said = testing::internal::GetCapturedStderr();
+  EXPECT_NE(said.find("could not be saved"), std::string::npos) << said;
+  EXPECT_NE(said.find("training goes on"), std::string::npos) << said;
+  EXPECT_EQ(result.checkpoint.filename(), "step_00000009");
+}
+
+// Its checkpoints would be older than those that are there, and the first to go.
+TEST_F(Train, GoingBackInAFolderOfNewerStepsIsRefused) {
+  auto config = named("back");
+  config.checkpoint.every = 2;
+  config.checkpoint.keep = 10;
+  train(config);
+  trainer::TrainOptions back;
+  back.resume = (fs::path(config.log.run) / "checkpoints" / "step_00000002").string();
+  const std::string message = message_of([&] { train(config, back); });
+  EXPECT_NE(message.find("move newer steps away, or choose another log.run"), std::string::npos) << message;
+  auto elsewhere = named("elsewhere");
+  EXPECT_EQ(train(elsewhere, back).step, config.train.steps);
+}
+
+TEST_F(Train, NothingLeftToDoNamesTheCheckpointItCameFrom) {
+  auto config = named("done");
+  train(config);
+  trainer::TrainOptions again;
+  again.resume = checkpoints::resolve(config.log.run).string();
+  EXPECT_EQ(train(named("nothing"), again).checkpoint, again.resume);
+}
+
+TEST_F(Train, ValidationsBeforeACheckpointAreKept) {
+  auto config = named("validated");
+  config.train.steps = 4;
+  config.train.validate_every = 2;
+  train(config);
+  config.train.steps = 8;
+  trainer::TrainOptions resume;
+  resume.resume = "auto";
+  train(config, resume);
+  EXPECT_EQ(support::metric(config.log.run, "validation_loss").size(), 4u);
+}
+
+// Not buffered: what is lost with a killed run must be its own steps alone.
+TEST_F(Train, KeptMetricsAreOnDiskBeforeTheFirstStep) {
+  auto config = named("kept");
+  train(config);
+  const auto before = support::metric(config.log.run, "loss");
+  const trainer::MetricsLog log(config.log.run, 3, 5, 1, {"loss"}, false);
+  const auto kept = support::metric(config.log.run, "loss");
+  EXPECT_EQ(kept, std::vector<double>(before.begin(), before.begin() + 3));
+}
+
+TEST_F(Train, TextForValidationIsNotNeeded) {
+  data::PrepareParams params;
+  params.inputs = {(folder_.path() / "text").string()};
+  params.output = (folder_.path() / "all").string();
+  params.tokenizer = "bytes";
+  params.validation_fraction = 0;
+  support::write_tiny_text(folder_.path() / "text");
+  data::prepare(params, {});
+  auto config = named("unvalidated");
+  config.data.path = params.output;
+  config.train.validate_every = 2;
+  EXPECT_EQ(train(config).step, config.train.steps);
+  EXPECT_TRUE(support::metric(config.log.run, "validation_loss").empty());
+}
+
+// All losses are the same here, so that the first of the steps that are saved is the best.
+TEST_F(Train, TheBestIsAStepThatIsSaved) {
+  auto config = named("best");
+  config.train.steps = 8;
+  config.train.validate_every = 2;
+  config.checkpoint.every = 4;
+  config.optim.lr = 0;
+  const checkpoints::Reader reader(train(config).checkpoint);
+  EXPECT_EQ(reader.attributes().integers.at("best_step"), 4);
+}
+
 TEST_F(Train, OverflowSkipsTheStepAndHalvesTheScale) {
   auto config = named("overflow");
   config.precision.loss_scale_initial = 4294967296.0;
@@ -144,7 +241,7 @@ TEST_F(Train, GivesUpWhenEveryStepOverflows) {
 
 TEST_F(Train, RefusesASecondRunIntoTheSameFolder) {
   auto config = named("twice");
-  config.train.steps = 2;
+  config.train.steps = config.optim.warmup = 2;
   train(config);
   EXPECT_THROW(train(config), kernels::ConfigError);
   trainer::TrainOptions resume;
@@ -154,14 +251,32 @@ TEST_F(Train, RefusesASecondRunIntoTheSameFolder) {
 
 TEST_F(Train, RefusesACheckpointOfAnotherArchitecture) {
   auto config = named("shape");
-  config.train.steps = 2;
+  config.train.steps = config.optim.warmup = 2;
   train(config);
   config.model.ffn_width = 96;
   config.train.steps = 4;
   trainer::TrainOptions resume;
   resume.resume = "auto";
   const std::string message = message_of([&] { train(config, resume); });
-  EXPECT_NE(message.find("mlp"), std::string::npos) << "names the tensor: " << message;
+  EXPECT_NE(message.find("model.ffn_width"), std::string::npos) << message;
+}
+
+// Of the same shapes, another function; and heads that would be lost.
+TEST_F(Train, RefusesACheckpointOfAnotherModelOfTheSameShapes) {
+  auto config = named("same_shape");
+  train(config);
+  trainer::TrainOptions resume;
+  resume.resume = "auto";
+  const auto refusal = [&](const configs::Config& other) {
+    return message_of([&] { train(other, resume); });
+  };
+  auto other = config;
+  other.model.rope_theta *= 2;
+  EXPECT_NE(refusal(other).find("model.rope_theta"), std::string::npos) << refusal(other);
+  other = config;
+  other.heads.mtp = 0;
+  EXPECT_NE(refusal(other).find("mtp.1."), std::string::npos) << refusal(other);
+  EXPECT_NE(refusal(other).find("would lose"), std::string::npos) << refusal(other);
 }
 
 TEST_F(Train, FineTunesHeadsOnAFrozenTrunk) {
@@ -249,6 +364,28 @@ TEST_F(Train, PlanIsWhatAStepTakes) {
   for (const auto* arena : {step.saved.get(), step.scratch.get(), step.step.get()})
     taken[arena->segment()] += static_cast<int64_t>(arena->high_water());
   EXPECT_EQ(planned, taken) << "to the byte";
+}
+
+// A head multiplies by an unembedding of its own as by the trunk's. Of a frozen trunk nothing is trained but
+// the heads: two products of the shared one are left for each of them, its own loss' and the gradient of its
+// input.
+TEST_F(Train, PlanCountsTheUnembeddingOfEveryLossOnce) {
+  auto config = tiny_config(folder_.path());
+  config.heads.mtp = 0;
+  config.heads.medusa = 2;
+  const auto operations = [&](const char* vocabulary, const char* trainable, int64_t tokens) {
+    config.heads.medusa_vocabulary = vocabulary;
+    config.train.trainable = trainable;
+    return trainer::plan(config, tokens, 1).flop_per_token;
+  };
+  EXPECT_EQ(operations("shared", "all", 257), operations("own", "all", 257));
+  const double product = 2.0 * 1000 * static_cast<double>(config.model.width);
+  const auto of_a_thousand = [&](const char* vocabulary, const char* trainable) {
+    return (operations(vocabulary, trainable, 1257) - operations(vocabulary, trainable, 257)) / product;
+  };
+  EXPECT_DOUBLE_EQ(of_a_thousand("shared", "all"), 9);    // three losses, forward and two gradients
+  EXPECT_DOUBLE_EQ(of_a_thousand("shared", "heads"), 5);  // three forward, the input's gradient of two
+  EXPECT_DOUBLE_EQ(of_a_thousand("own", "heads"), 7);
 }
 
 TEST_F(Train, PlanShowsWhatShardsSave) {

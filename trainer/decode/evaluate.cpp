@@ -7,6 +7,7 @@
 #include <cmath>
 #include <ctime>
 
+#include "data/files.h"
 #include "data/ngram.h"
 #include "kernels/core/error.h"
 #include "trainer/decode/perplexity.h"
@@ -177,8 +178,8 @@ void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::pa
     progress(kNoBitsPerByte);
   add_decoding(ctx, loaded, validation, progress, report);
   report.training = read_training(run);
-  write_whole(output / "report.html", report_html(report));
-  write_whole(output / "report.json", report_json(report));
+  data::write_whole(output / "report.html", report_html(report));
+  data::write_whole(output / "report.json", report_json(report));
   progress(
       fmt::format("wrote {} and {}", (output / "report.json").string(), (output / "report.html").string()));
 }

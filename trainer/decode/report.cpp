@@ -144,29 +144,6 @@ void check_writable(const std::filesystem::path& folder) {
     refuse(there.string() + ": " + std::generic_category().message(errno));
 }
 
-void write_whole(const std::filesystem::path& file, const std::string& contents) {
-  std::filesystem::path temporary = file;
-  temporary += ".tmp";
-  std::error_code error;
-  const auto check = [&](const std::filesystem::path& path) {
-    if (error)
-      throw kernels::DataError("cannot write " + path.string() + " (" + error.message() +
-                               "): check permissions and free space");
-  };
-  if (!file.parent_path().empty()) std::filesystem::create_directories(file.parent_path(), error);
-  check(file.parent_path());
-  std::filesystem::remove(temporary, error);
-  check(temporary);
-  try {
-    data::write_file(temporary, {contents});
-  } catch (...) {
-    std::filesystem::remove(temporary, error);
-    throw;
-  }
-  std::filesystem::rename(temporary, file, error);
-  check(file);
-}
-
 namespace {
 
 // Columns padded to their widest cell; the first `left` columns are words.

@@ -71,10 +71,8 @@ ReportResult summarise(const Trial& trial, const std::vector<Trial>& trials);
 std::vector<TrainingPoint> read_training(const std::filesystem::path& run);
 std::string report_json(const Report& report);
 std::string report_html(const Report& report);
-// DataError where write_whole could not write into this folder, there or not: something else has its name, or
-// what is to hold it may not be written. Creates nothing.
+// DataError where data::write_whole could not write into this folder, there or not: something else has its
+// name, or what is to hold it may not be written. Creates nothing.
 void check_writable(const std::filesystem::path& folder);
-// Writes a file that is complete or absent.
-void write_whole(const std::filesystem::path& file, const std::string& contents);
 
 }  // namespace trainer

@@ -57,16 +57,6 @@ Keys architecture(configs::Config config) {
   return keys;
 }
 
-void check_architecture(const std::filesystem::path& checkpoint, const configs::Config& theirs,
-                        const configs::Config& ours) {
-  const Keys there = architecture(theirs), here = architecture(ours);
-  for (size_t i = 0; i < there.size(); ++i)
-    if (there[i] != here[i])
-      throw CheckpointError(
-          fmt::format("{} was trained with {} = {}, this configuration has {}: set it to {}",
-                      checkpoint.string(), there[i].first, there[i].second, here[i].second, there[i].second));
-}
-
 // "medusa.0." or "mtp.1." of a head's parameter; empty for the trunk's.
 std::string head_of(const std::string& name) {
   if (!name.starts_with("medusa.") && !name.starts_with("mtp.")) return {};
@@ -179,6 +169,16 @@ std::vector<std::string> take_all(const Source& source, const std::filesystem::p
 }
 
 }  // namespace
+
+void check_architecture(const std::filesystem::path& checkpoint, const configs::Config& theirs,
+                        const configs::Config& ours) {
+  const Keys there = architecture(theirs), here = architecture(ours);
+  for (size_t i = 0; i < there.size(); ++i)
+    if (there[i] != here[i])
+      throw CheckpointError(
+          fmt::format("{} was trained with {} = {}, this configuration has {}: set it to {}",
+                      checkpoint.string(), there[i].first, there[i].second, here[i].second, there[i].second));
+}
 
 LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                        const std::vector<std::string>& overrides) {

@@ -24,6 +24,10 @@ LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_c
 LoadedModel load_model_on(const std::function<Context(const configs::Config&)>& place,
                           const std::filesystem::path& run_or_checkpoint,
                           const std::vector<std::string>& overrides);
+// CheckpointError that names the first key of [model] (or of [attention], where a layer is linear) in which
+// what a trunk computes differs.
+void check_architecture(const std::filesystem::path& checkpoint, const configs::Config& theirs,
+                        const configs::Config& ours);
 // Takes weights into a model that may hold heads the checkpoint lacks, or sequential Medusa heads where it
 // has plain ones (what is new keeps its fresh values, and its names are returned); a tensor of another shape,
 // or a trunk tensor that is missing, is a CheckpointError that names it. So is a checkpoint whose tokenizer

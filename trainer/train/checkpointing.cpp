@@ -2,11 +2,13 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdio>
 #include <utility>
 
 #include "kernels/core/error.h"
+#include "trainer/model/load.h"
 
 namespace trainer {
 
@@ -44,7 +46,10 @@ std::filesystem::path Checkpointing::choose(const std::string& resume) const {
       } else if (resume == "auto") {
         answer = "=" + checkpoints::find_newest(directory_, true, warn).string();
       } else {
-        answer = "=" + checkpoints::resolve(resume).string();
+        const std::filesystem::path chosen = checkpoints::resolve(resume);
+        // Of a run, or its folder, the newest that verifies was taken; a step was named to go back to it.
+        if (chosen == resume) refuse_newer_steps(chosen);
+        answer = "=" + chosen.string();
       }
     } catch (const kernels::ConfigError& e) {
       answer = std::string("C") + e.what();
@@ -56,6 +61,17 @@ std::filesystem::path Checkpointing::choose(const std::string& resume) const {
   if (answer.starts_with("C")) throw kernels::ConfigError(answer.substr(1));
   if (answer.starts_with("E")) throw kernels::CheckpointError(answer.substr(1));
   return answer.empty() ? std::filesystem::path() : std::filesystem::path(answer.substr(1));
+}
+
+void Checkpointing::refuse_newer_steps(const std::filesystem::path& chosen) const {
+  const int64_t newest = checkpoints::newest_step(directory_);
+  if (newest < 0) return;
+  const int64_t step = checkpoints::Reader(chosen).step();
+  if (newest > step)
+    throw kernels::ConfigError(fmt::format(
+        "{} holds step {}, which is newer than {} and would be taken for this run's newest: move newer steps "
+        "away, or choose another log.run",
+        directory_.string(), newest, chosen.string()));
 }
 
 // Every element of the training state under its canonical name: master/<parameter>, m/<parameter>,
@@ -90,9 +106,21 @@ Progress Checkpointing::restore(const std::filesystem::path& checkpoint) {
         "{} was trained with another tokenizer than the data in {}: point data.path at the folder it was "
         "trained on",
         checkpoint.string(), config_.data.path));
+  const auto theirs = attributes.text.find("config");
+  if (theirs != attributes.text.end())
+    check_architecture(checkpoint, configs::parse_config(theirs->second, checkpoint.string() + ": config"),
+                       config_);
   ParameterStore& store = model_.parameters();
   std::vector<char> staging;
-  for (const Item& item : items()) {
+  const std::vector<Item> list = items();
+  for (const std::string& name : reader.names())
+    if (std::none_of(list.begin(), list.end(), [&](const Item& item) { return item.name == name; }))
+      throw kernels::CheckpointError(
+          fmt::format("{} holds tensor {}, which this configuration does not have and would lose; use the "
+                      "configuration it "
+                      "was trained with, or train.init_from to take over only what fits",
+                      checkpoint.string(), name));
+  for (const Item& item : list) {
     if (!reader.contains(item.name) || reader.shape(item.name) != item.shape)
       throw kernels::CheckpointError(fmt::format(
           "{} does not fit this configuration: tensor {} is {} there and {} here; use the configuration it "
@@ -200,31 +228,46 @@ void Checkpointing::save(const Progress& progress) {
   if (!writer_) return;
   try {
     writer_->begin();
+    begun_ = true;
+    last_failure_.clear();
   } catch (const kernels::CheckpointError& e) {
     failed(e.what());
   }
 }
 
 std::filesystem::path Checkpointing::poll(const Progress& progress) {
-  return writer_ && writer_->written() ? finish(progress, false) : std::filesystem::path();
+  return begun_ && !writer_->busy() ? finish(progress, false) : std::filesystem::path();
 }
 
 std::filesystem::path Checkpointing::finish(const Progress& progress, bool must) {
   if (!writer_) return {};
-  std::string reason = std::exchange(last_failure_, {});
-  const bool in_flight = writer_->busy() || writer_->written();
-  if (reason.empty() && in_flight && writer_->wait(reason)) {
-    const auto path = writer_->commit();
-    checkpoints::retain(directory_, config_.checkpoint.keep, config_.checkpoint.keep_every,
-                        progress.best_step);
-    return path;
+  std::filesystem::path saved;
+  std::string reason = must ? last_failure_ : std::string();  // which was a warning already
+  if (std::exchange(begun_, false)) {
+    try {
+      if (writer_->wait(reason))
+        saved = writer_->commit();
+      else
+        writer_->discard();
+    } catch (const kernels::CheckpointError& e) {
+      reason = e.what();
+    }
   }
-  if (reason.empty()) return {};
-  if (in_flight) writer_->discard();
+  if (!saved.empty()) remove_old(progress);
+  if (reason.empty()) return saved;
   const std::string message = fmt::format("the checkpoint could not be saved: {}", reason);
   if (must) throw kernels::CheckpointError(message + "; free space and run again with --resume auto");
   warn(message + "; training goes on, the last good checkpoint stays");
   return {};
+}
+
+void Checkpointing::remove_old(const Progress& progress) const {
+  try {
+    checkpoints::retain(directory_, config_.checkpoint.keep, config_.checkpoint.keep_every,
+                        progress.best_step);
+  } catch (const kernels::CheckpointError& e) {
+    warn(fmt::format("old checkpoints could not be removed: {}", e.what()));
+  }
 }
 
 }  // namespace trainer

@@ -26,7 +26,8 @@ class Checkpointing {
                 std::string tokenizer_hash);
 
   // The checkpoint to go on from by `resume` (none | auto | path), the same on every rank; empty to start
-  // afresh. ConfigError when the run already has steps and resume is none.
+  // afresh. ConfigError when the run already has steps and resume is none, or newer ones than the step that
+  // resume names.
   std::filesystem::path choose(const std::string& resume) const;
   // Reads it into the model and its optimizer; CheckpointError when it belongs to another model or tokenizer.
   Progress restore(const std::filesystem::path& checkpoint);
@@ -34,8 +35,8 @@ class Checkpointing {
   // Starts a background save on rank 0; called by all ranks. An earlier save still being written is waited
   // for and committed first.
   void save(const Progress& progress);
-  // Commits a save that has been written, if there is one. Called between steps. Returns its path, else
-  // empty.
+  // Settles a save that is no longer being written, as finish() does. Called between steps. Returns its path,
+  // else empty.
   std::filesystem::path poll(const Progress& progress);
   // Waits for the save in flight and commits it; CheckpointError when it failed and `must` is set, a warning
   // otherwise.
@@ -56,6 +57,8 @@ class Checkpointing {
   bool prepare(const Progress& progress, std::vector<kernels::Tensor>& places);
   void collect(const Item& item, const kernels::Tensor& place, std::vector<char>& staging) const;
   void failed(const std::string& reason);
+  void refuse_newer_steps(const std::filesystem::path& chosen) const;
+  void remove_old(const Progress& progress) const;
 
   const configs::Config& config_;
   comm::Communicator& ranks_;
@@ -63,6 +66,7 @@ class Checkpointing {
   std::string tokenizer_, tokenizer_hash_;
   std::filesystem::path directory_;
   std::unique_ptr<checkpoints::Writer> writer_;  // rank 0
+  bool begun_ = false;                           // a save, which finish() has not settled yet
   std::string last_failure_;                     // why the latest save could not even start
 };
 

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
 #include <exception>
 #include <fstream>
 #include <optional>
@@ -55,9 +56,10 @@ class Job {
         tokenizer_(data::load_tokenizer(config.data.path)),
         model_(config, tokenizer_->vocabulary()),
         loader_(dataset_, loader_params(config, model_.offsets())),
-        validation_loader_(validation_, loader_params(config, model_.offsets())),
         checkpointing_(config_, ranks, model_, tokenizer_->serialized(), tokenizer_->hash()) {
     check_sizes(config, dataset_, ranks);
+    if (validation_.samples() > 0)
+      validation_loader_.emplace(validation_, loader_params(config, model_.offsets()));
   }
 
   // Memory, and the weights to begin with.
@@ -82,7 +84,9 @@ class Job {
     committed(last);
     ranks_.barrier();
     return {asked ? StopReason::asked_to_stop : StopReason::finished, stepper_->attempts(),
-            last.empty() ? fs::path(config_.log.run) / "checkpoints" : last};
+            !last.empty()   ? last
+            : from_.empty() ? fs::path(config_.log.run) / "checkpoints"
+                            : from_};
   }
 
  private:
@@ -106,6 +110,8 @@ class Job {
                            static_cast<double>(model_.parameters().elements()) / 1e6, dataset_.tokens(),
                            config_.train.batch, ranks_.size(), ranks_.size() == 1 ? "" : "s",
                            kernels::describe(ctx_.device)));
+    if (!validation_loader_ && config_.train.validate_every > 0)
+      log_->note("nothing is validated: the data holds no text for it (foretell prepare --val-fraction)");
     if (!from_.empty())
       log_->note(fmt::format("going on from {} at step {}", from_.string(), stepper_->attempts()));
   }
@@ -119,12 +125,13 @@ class Job {
       const int64_t done = stepper_->attempts();
       const bool last = done == config_.train.steps;
       const bool due = config_.checkpoint.every > 0 && done % config_.checkpoint.every == 0;
-      const bool validating =
-          config_.train.validate_every > 0 && (done % config_.train.validate_every == 0 || last);
+      const bool validating = validation_loader_ && config_.train.validate_every > 0 &&
+                              (done % config_.train.validate_every == 0 || last);
       if (last || due || validating || asked) asked |= flush();
-      if (validating) validate(done);
+      const bool saving = (due || last || asked) && done != saved_at;
+      if (validating) validate(done, saving);
       committed(checkpointing_.poll(progress_));
-      if ((due || last || asked) && done != saved_at) {
+      if (saving) {
         committed(checkpointing_.finish(progress_, false));
         if (log_) log_->flush();
         checkpointing_.save(progress_);
@@ -160,11 +167,12 @@ class Job {
                     metrics.nonfinite_rank < 0 ? "" : fmt::format(" on rank {}", metrics.nonfinite_rank)));
   }
 
-  void validate(int64_t done) {
-    const auto batches = validation_loader_.some_micro_batches(config_.train.validate_batches);
-    if (batches.empty()) return;
-    const auto losses = stepper_->validate(validation_loader_, batches);
+  // saved: whether there will be a checkpoint of this step, which may be the best.
+  void validate(int64_t done, bool saved) {
+    const auto batches = validation_loader_->some_micro_batches(config_.train.validate_batches);
+    const auto losses = stepper_->validate(*validation_loader_, batches);
     if (log_) log_->validation(done, losses);
+    if (!saved || !std::isfinite(losses.front())) return;
     if (progress_.best_step < 0 || losses.front() < progress_.best_validation_loss) {
       progress_.best_step = done;
       progress_.best_validation_loss = losses.front();
@@ -184,7 +192,8 @@ class Job {
   data::TokenDataset dataset_, validation_;
   std::unique_ptr<data::Tokenizer> tokenizer_;
   Model model_;
-  data::BatchLoader loader_, validation_loader_;
+  data::BatchLoader loader_;
+  std::optional<data::BatchLoader> validation_loader_;  // where there is text to validate on
   Checkpointing checkpointing_;
   Progress progress_;
   std::filesystem::path from_;  // the checkpoint this job goes on from

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "data/files.h"
 #include "kernels/core/error.h"
 
 namespace trainer {
@@ -22,14 +23,15 @@ std::string duration(double s) {
   return fmt::format("{} h {} min", t / 3600, t / 60 % 60);
 }
 
-// Keeps the lines of steps before `from_step`; a last line cut short by a kill is dropped too.
+// Keeps the lines of steps before `from_step`, and of validations after that many; a last line cut short by a
+// kill is dropped too.
 std::string kept_lines(const std::filesystem::path& file, int64_t from_step) {
   std::ifstream in(file);
   std::string line, kept;
   while (std::getline(in, line)) {
     const auto json = nlohmann::json::parse(line, nullptr, false);
-    if (json.is_object() && json.value("step", int64_t{-1}) >= 0 && json["step"] < from_step)
-      kept += line + "\n";
+    const int64_t step = json.is_object() ? json.value("step", int64_t{-1}) : -1;
+    if (step >= 0 && step < from_step + json.contains("validation_loss")) kept += line + "\n";
   }
   return kept;
 }
@@ -47,11 +49,12 @@ MetricsLog::MetricsLog(const std::filesystem::path& run, int64_t from_step, int6
       last_(start_),
       last_print_(start_) {
   const auto path = run / "metrics.jsonl";
-  const std::string kept = from_step > 0 ? kept_lines(path, from_step) : std::string();
-  file_ = std::fopen(path.c_str(), "w");
+  // By a file of its own: a run that ends here must not take along the lines of steps that are never made
+  // again.
+  data::write_whole(path, from_step > 0 ? kept_lines(path, from_step) : std::string());
+  file_ = std::fopen(path.c_str(), "a");
   if (!file_)
     throw kernels::DataError(fmt::format("cannot write {}: check permissions and free space", path.string()));
-  std::fwrite(kept.data(), 1, kept.size(), file_);
 }
 
 MetricsLog::~MetricsLog() {

@@ -51,20 +51,29 @@ double measured_rate(const kernels::Context& given, DType compute) {
   return kRepeats * 2.0 * static_cast<double>(rows * width * width) / time.count();
 }
 
-// Matrix products of one token, forward and backward: 2 operations a weight forward, 4 backward (2 through a
-// frozen layer are not done at all). Each head multiplies by the unembedding once more.
+// Matrix products of one token, forward and backward: 2 operations a weight forward, 4 backward, none through
+// a frozen layer. Each loss multiplies by an unembedding, the trunk's or its own. With a frozen trunk the
+// language model's has no gradients, and the heads' have that of their input, of an own one the weights' as
+// well.
 double flop_per_token(const configs::Config& config, const Model& model) {
   double forward = 0, trained = 0;
+  bool own = false;
   for (const auto& p : model.parameters().parameters()) {
-    if (p.shape.rank() != 2 || p.name.find("embedding") != std::string::npos) continue;
+    if (p.name.find(".vocabulary.") != std::string::npos) own = true;
+    if (p.shape.rank() != 2 || p.name.find("embedding") != std::string::npos ||
+        p.name.find(".vocabulary.") != std::string::npos)
+      continue;
     forward += 2.0 * p.shape.numel();
     if (p.trainable) trained += 2.0 * p.shape.numel();
   }
-  const double unembedding = 2.0 * model.vocabulary() * model.width() * model.losses().size();
+  const double unembedding = 2.0 * static_cast<double>(model.vocabulary() * model.width());
+  const auto losses = static_cast<double>(model.losses().size());
   const auto& m = config.model;
   const double attention = 4.0 * m.layers * m.width * std::min<double>(m.context, 512) / 2;
   const bool all = config.train.trainable == "all";
-  return forward + attention + unembedding + 2 * (trained + (all ? attention : 0) + unembedding);
+  const double unembeddings = all ? 2 * losses : (own ? 2 : 1) * (losses - 1);
+  return forward + attention + losses * unembedding + 2 * (trained + (all ? attention : 0)) +
+         unembeddings * unembedding;
 }
 
 // What an arena holds at its fullest, with what alignment adds.
