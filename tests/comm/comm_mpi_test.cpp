@@ -103,6 +103,21 @@ void test_requests_in_any_order(Communicator& world) {
            fmt::format("request {} among several", i));
 }
 
+// More than tags tell apart, of one shape; each rank gets them done in an order of its own.
+void test_many_in_flight(Communicator& world) {
+  constexpr size_t kCount = 700, kElements = 5000;
+  std::vector<std::vector<float>> v;
+  for (size_t i = 0; i < kCount; ++i) v.emplace_back(kElements, static_cast<float>(i));
+  std::vector<std::unique_ptr<comm::Request>> requests;
+  for (auto& x : v) requests.push_back(world.all_reduce_async(view(x), Reduce::sum));
+  for (size_t i = 0; i < kCount; ++i)
+    requests[(i * 13 + 100 * static_cast<size_t>(world.rank())) % kCount]->wait();
+  size_t wrong = 0;
+  for (size_t i = 0; i < kCount; ++i)
+    wrong += v[i] != std::vector<float>(kElements, static_cast<float>(i) * static_cast<float>(world.size()));
+  expect(wrong == 0, fmt::format("{} of {} reductions in flight", kCount - wrong, kCount));
+}
+
 void test_stripes(Communicator& world) {
   const int size = world.size(), rank = world.rank();
   for (int64_t stripes : {1, 3})
@@ -197,6 +212,7 @@ int main(int argc, char** argv) {
     test_more_than_one_piece(world);
     test_nan(world);
     test_broadcast(world);
+    test_many_in_flight(world);
     test_stripes(world);
     test_requests_in_any_order(world);
     test_gradient_reducer(world);
