@@ -34,7 +34,8 @@ int64_t last_logged_step(const fs::path& run) {
 }
 
 fs::path run_of(const fs::path& checkpoint) {
-  const fs::path folder = fs::absolute(checkpoint).lexically_normal().parent_path();
+  // Also of "step_00000100/", as shells complete it.
+  const fs::path folder = (fs::absolute(checkpoint) / "").lexically_normal().parent_path().parent_path();
   return folder.filename() == "checkpoints" ? folder.parent_path() : folder;
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <exception>
 #include <memory>
 #include <thread>
@@ -93,6 +94,11 @@ class Team {
   }
 
   void work(int thread) {
+    // Signals are the main thread's, which has a stack for their handlers: oneDNN's products keep their stack
+    // pointer inside their own memory, where a handler would write over what is there.
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);
     uint32_t seen = 0;
     while (true) {
       for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins)
