@@ -88,6 +88,7 @@ TEST_F(Parallel, ThreadsThatCannotBeStartedAreAnError) {
     }
     std::exit(2);
   };
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_EXIT(start_too_many(), testing::ExitedWithCode(3), "does not start 4096 threads; lower");
 }
 #endif
@@ -109,6 +110,17 @@ TEST_F(Parallel, TheCallerDoesWhatAThreadWithoutACoreHasNotBegun) {
   kernels::set_threads(2);
   const pthread_t worker = parts_of_region(2, true)[1];
   ASSERT_FALSE(pthread_equal(worker, pthread_self()));
+  // Which takes no signals otherwise. The caller waits, so that the second part is the worker's.
+  std::atomic<bool> open{false};
+  kernels::parallel_region([&](int part, int) {
+    while (part == 0 && !open) std::this_thread::yield();
+    if (part == 0) return;
+    sigset_t one;
+    sigemptyset(&one);
+    sigaddset(&one, SIGUSR2);
+    pthread_sigmask(SIG_UNBLOCK, &one, nullptr);
+    open = true;
+  });
   ASSERT_EQ(pthread_kill(worker, SIGUSR2), 0);
   while (!held) std::this_thread::yield();
   for (int i = 0; i < 100; ++i) EXPECT_TRUE(pthread_equal(parts_of_region(2)[1], pthread_self()));
