@@ -37,7 +37,8 @@ struct Exchange {
                      : "memory");
 #endif
   }
-  // One thread, for each round of sums, when all have waited for the one before. Sums that come earlier count.
+  // One thread, for each round of sums, when all have waited for the one before. Sums that come earlier
+  // count.
   __device__ __forceinline__ void expect(LineShare share) {
 #if __CUDA_ARCH__ >= 900
     const int bytes = share.lines_of_block(kLines) * 128 * share.blocks;
