@@ -75,19 +75,27 @@ TensorBuffer fp16_normal(kernels::Shape shape, uint64_t seed) {
   return x;
 }
 
-// dq, dk and dv of one sequence of one head for a given do; inputs are the same fp16 numbers in every type.
-Gradients gradients(DType type, kernels::Device device, bool normalise, kernels::Shape shape,
+// One sequence.
+struct Heads {
+  int64_t rows, of_queries, of_keys, width;
+  kernels::Shape queries() const { return {rows, of_queries, width}; }
+  kernels::Shape keys() const { return {rows, of_keys, width}; }
+};
+
+// dq, dk and dv for a given do; inputs are the same fp16 numbers in every type.
+Gradients gradients(DType type, kernels::Device device, bool normalise, const Heads& s,
                     const std::vector<double>& dout_values) {
   const DType out = normalise ? type : main_dtype(type);
-  TensorBuffer x[3], d[3], o(out, shape, device), dout(out, shape, device),
-      denominator(main_dtype(type), {shape[0], 1}, device), boundaries(DType::i32, {2}, device);
+  TensorBuffer x[3], d[3], o(out, s.queries(), device), dout(out, s.queries(), device),
+      denominator(main_dtype(type), {s.rows, s.of_queries}, device), boundaries(DType::i32, {2}, device);
   for (uint64_t i = 0; i < 3; ++i) {
+    const kernels::Shape shape = i == 0 ? s.queries() : s.keys();
     x[i] = TensorBuffer(type, shape, device);
     d[i] = TensorBuffer(type, shape, device);
     x[i].set(fp16_normal(shape, i + 1).values());
   }
   dout.set(dout_values);
-  boundaries.set(std::vector<double>{0, static_cast<double>(shape[0])});
+  boundaries.set(std::vector<double>{0, static_cast<double>(s.rows)});
   support::run_rehearsed(device, {}, [&](const kernels::Context& ctx) {
     const kernels::LinearAttentionParams params{.normalise = normalise};
     kernels::linear_attention(ctx, params, x[0], x[1], x[2], boundaries, o, denominator);
@@ -98,33 +106,47 @@ Gradients gradients(DType type, kernels::Device device, bool normalise, kernels:
 }
 
 // Chunks whose rows carry no loss between chunks of small and of large gradients: each keeps its precision,
-// whatever scale it is given. Rounded on the way (2^-11 each): two features, a product, a state and the
-// result, and o through do . o; together, against the norm of the exact chunk, below 2^-8.
-TEST(CudaLinearAttention, GradientsOfAnySizeSideBySide) {
-  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
-  const kernels::Shape shape = {700, 1, 64};
-  auto dout = fp16_normal(shape, 9).values();
-  const auto chunk_of = [](size_t element) { return element / (64 * 64); };
+// whatever scale it is given. Rounded on the way (2^-11 each in fp16): two features, a product, a state and
+// the result, and o through do . o; together, against the norm of the exact chunk, below 8 of them.
+void expect_gradients_of_any_size(DType type, bool normalise, const Heads& s) {
+  constexpr size_t kChunks = 11, kChunk = 64;
+  auto dout = fp16_normal(s.queries(), 9).values();
+  const auto chunk_of = [&](size_t element, size_t elements) {
+    return element * static_cast<size_t>(s.rows) / elements / kChunk;
+  };
   for (size_t i = 0; i < dout.size(); ++i) {
-    const size_t chunk = chunk_of(i);
+    const size_t chunk = chunk_of(i, dout.size());
     dout[i] *= chunk == 2 || chunk == 3 || chunk == 10 ? 0 : chunk % 2 == 0 ? 0x1p-8 : 0x1p-3;
   }
-  for (const bool normalise : {true, false}) {
-    const Gradients given = gradients(DType::f16, kCuda, normalise, shape, dout),
-                    exact = gradients(DType::f64, {}, normalise, shape, dout);
-    for (size_t x = 0; x < 3; ++x) {
-      std::vector<double> error(11), size(11);
-      for (size_t i = 0; i < dout.size(); ++i) {
-        ASSERT_TRUE(std::isfinite(given[x][i]));
-        error[chunk_of(i)] += std::pow(given[x][i] - exact[x][i], 2);
-        size[chunk_of(i)] += std::pow(exact[x][i], 2);
-      }
-      // What lies below fp16's smallest number, 2^-24, has no precision to keep.
-      for (size_t chunk = 0; chunk < 11; ++chunk)
-        EXPECT_LE(std::sqrt(error[chunk]), 0x1p-8 * std::sqrt(size[chunk]) + 0x1p-24 * 64)
-            << "dq dk dv"[3 * x + 1] << ", chunk " << chunk;
+  const Gradients given = gradients(type, kCuda, normalise, s, dout),
+                  exact = gradients(DType::f64, {}, normalise, s, dout);
+  const double rounding = type == DType::f16 ? 0x1p-11 : 0x1p-8;
+  for (size_t x = 0; x < 3; ++x) {
+    const size_t elements = exact[x].size();
+    std::vector<double> error(kChunks), size(kChunks);
+    for (size_t i = 0; i < elements; ++i) {
+      ASSERT_TRUE(std::isfinite(given[x][i]));
+      error[chunk_of(i, elements)] += std::pow(given[x][i] - exact[x][i], 2);
+      size[chunk_of(i, elements)] += std::pow(exact[x][i], 2);
     }
+    // What lies below fp16's smallest number, 2^-24, has no precision to keep.
+    const double smallest = 0x1p-24 * std::sqrt(static_cast<double>(elements) / kChunks);
+    for (size_t chunk = 0; chunk < kChunks; ++chunk)
+      EXPECT_LE(std::sqrt(error[chunk]), 8 * rounding * std::sqrt(size[chunk]) + smallest)
+          << "dq dk dv"[3 * x + 1] << ", chunk " << chunk << ", width " << s.width << ", heads "
+          << s.of_queries << (normalise ? ", normalised" : "");
   }
+}
+
+TEST(CudaLinearAttention, GradientsOfAnySizeSideBySide) {
+  if (kernels::cuda_device_count() == 0) GTEST_SKIP() << "no GPU";
+  for (const DType type : {DType::f16, DType::bf16})
+    for (const bool normalise : {true, false})
+      for (const int64_t width : {64, 128})
+        for (const int64_t heads : {1, 2}) {
+          SCOPED_TRACE(kernels::name_of(type));
+          expect_gradients_of_any_size(type, normalise, {700, heads, 1, width});
+        }
 }
 
 // An overflow must not vanish on the way. Neighbours within 16 rows before may become not a number as well.

@@ -3,9 +3,12 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <functional>
 #include <optional>
 
 #include "kernels/core/stream.h"
+#include "kernels/cuda/gemm.h"
 #include "tests/kernels/rows_layer.h"
 
 namespace {
@@ -146,6 +149,42 @@ TEST_F(CudaLinear, RecordedProductsGiveWhatTheEagerOnesGave) {
   EXPECT_TRUE(dx.bytes() == dx_bytes);
   EXPECT_TRUE(dw.bytes() == dw_bytes);
   EXPECT_TRUE(db.bytes() == db_bytes);
+}
+
+// An fp32 sum of `count` terms, relative to the sum of their sizes.
+void expect_sum(double got, size_t count, const std::function<double(size_t)>& term) {
+  double exact = 0, size = 0;
+  for (size_t k = 0; k < count; ++k) exact += term(k), size += std::abs(term(k));
+  EXPECT_NEAR(got, exact, static_cast<double>(count) * 0x1p-24 * size);
+}
+
+// Sums of a's columns on the side, which a layer's gradient takes only where they were measured to pay.
+TEST_F(CudaLinear, AProductSumsTheColumnsOfItsGradient) {
+  constexpr size_t kRows = 192, kOut = 136, kIn = 72;
+  for (const DType type : {DType::f16, DType::bf16})
+    for (const bool accumulate : {false, true}) {
+      TensorBuffer dy(type, {kRows, kOut}, kGpu), x(type, {kRows, kIn}, kGpu),
+          dw(DType::f32, {kOut, kIn}, kGpu), sums(DType::f32, {kOut}, kGpu);
+      dy.fill_normal(1), x.fill_normal(2), dw.fill_normal(3), sums.poison();
+      const auto before = dw.values(), a = dy.values(), b = x.values();
+      if constexpr (kernels::kCudaEnabled) {
+        ASSERT_TRUE(kernels::cuda::multiply(ctx_, {.a = dy,
+                                                   .b = x,
+                                                   .c = dw,
+                                                   .transposed_a = true,
+                                                   .accumulate = accumulate,
+                                                   .epilogue = kernels::cuda::Epilogue::column_sums,
+                                                   .bias = sums}));
+      }
+      const auto product = dw.values(), of_columns = sums.values();
+      for (size_t m = 0; m < kOut; ++m) {
+        expect_sum(of_columns[m], kRows, [&](size_t k) { return a[k * kOut + m]; });
+        for (size_t n = 0; n < kIn; n += 7)
+          expect_sum(product[m * kIn + n], kRows + accumulate, [&](size_t k) {
+            return k == kRows ? before[m * kIn + n] : a[k * kOut + m] * b[k * kIn + n];
+          });
+      }
+    }
 }
 
 // Inside a capture a product never seen before takes the library's first suggestion, as it does when
