@@ -196,8 +196,11 @@ def gpu_proofs():
     if sanitized:
         tools = sanitized["tools"]
         found = ", ".join(f"{n} {t['errors'] + t['of_the_host']} in {t['tests']} tests" for n, t in tools.items())
-        cut = sum("summary" in problem for problem in sanitized["problems"])
-        found += f"; {cut} parts ran out of time" * (cut > 0) + older(sanitized)
+        for what, problem in (("ran out of time", "summary"), ("had failing tests", "tests failed")):
+            parts = sum(problem in p for p in sanitized["problems"])
+            found += f"; {parts} parts {what}" * (parts > 0)
+        unseen = ", ".join(f"{n} {t['not_printed']:,}" for n, t in tools.items() if t["not_printed"])
+        found += f"; not printed, and so of no known kernel: {unseen}" * (unseen != "") + older(sanitized)
         theirs = ", ".join(name for name, tool in tools.items() if tool["in_libraries"])
         cell = f"inside the libraries' own kernels: {theirs}" if theirs else ""
         table.append(("errors of our kernels under compute-sanitizer", found, cell, "", "0"))
