@@ -74,6 +74,15 @@ void sync_path(const Path& path) {
   if (::fsync(file.get()) != 0) fail_errno(path, "cannot sync");
 }
 
+void create_synced(const Path& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) return;
+  const Path parent = path.has_parent_path() ? path.parent_path() : Path(".");
+  create_synced(parent);
+  if (std::filesystem::create_directory(path, error)) sync_path(parent);
+  if (error) throw CheckpointError(fmt::format("cannot create {}: {}", path.string(), error.message()));
+}
+
 void rename_over(const Path& from, const Path& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) fail_errno(to, "cannot move a file to");
 }

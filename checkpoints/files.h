@@ -14,6 +14,8 @@ using Path = std::filesystem::path;
 [[noreturn]] void fail_errno(const Path& path, const char* action);
 void write_synced(const Path& path, const std::string& text);
 void sync_path(const Path& path);  // a file or a directory
+// A directory, with what it lies in where that is missing, each synced with its parent.
+void create_synced(const Path& path);
 void rename_over(const Path& from, const Path& to);
 // Puts the directory `from` at `to`; a directory that stands there is removed, without a moment in which
 // neither is there.

@@ -86,9 +86,10 @@ void retain(const Path& directory, int64_t keep, int64_t keep_every, int64_t bes
       continue;
     }
     if (step == best || (keep_every > 0 && step % keep_every == 0)) continue;
-    // A directory that is being deleted must not look like a checkpoint.
+    // A directory that is being deleted must not look like a checkpoint, after a power failure either.
     const Path doomed = directory / fmt::format("{}{}", kTemporaryPrefix, step_name(step));
     rename_over(checkpoint, doomed);
+    sync_path(directory);
     remove_tree(doomed);
   }
 }

@@ -141,12 +141,10 @@ void Writer::Impl::reserve(const std::vector<NamedTensor>& given) {
   if (snapshot.size() < total) snapshot.resize(total);
 }
 
-// Creates the folder durably and removes what a killed save left behind.
+// Creates the folder and removes what a killed save left behind.
 void Writer::Impl::prepare_directory() {
+  create_synced(directory);
   std::error_code error;
-  if (std::filesystem::create_directories(directory, error))
-    sync_path(directory.has_parent_path() ? directory.parent_path() : Path("."));
-  if (error) throw CheckpointError(fmt::format("cannot create {}: {}", directory.string(), error.message()));
   std::vector<Path> left;
   for (const auto& entry : std::filesystem::directory_iterator(directory, error))
     if (entry.path().filename().string().starts_with(kTemporaryPrefix)) left.push_back(entry.path());
@@ -176,7 +174,6 @@ void Writer::Impl::run() noexcept {
     assign_pieces(tensors, shards);
     manifest.files.assign(static_cast<size_t>(shards), {});
     for (int i = 0; i < shards; ++i) write_shard(i);
-    sync_path(temporary());
     manifest.tensors.clear();
     for (const Snapshot& t : tensors) manifest.tensors.push_back(t.entry);
     verify_shards(temporary(), manifest);

@@ -1,6 +1,7 @@
 // LD_PRELOAD: counts the calls that change files below FAULT_BELOW (all files when it is not set).
 // KILL_AT=n kills the process at call n, before the call or, when KILL_TORN is set, after half of a write.
 // FULL_AT=n lets every write from call n on fail as on a full disk. KILL_AT=0 prints the count at exit.
+// CALLS_TO=file gets a line for each of them: the call, its path and, where it moves something, where to.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -10,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -37,23 +40,37 @@ static enum Fault count(int is_write) {
   return is_write && number("FULL_AT") > 0 && call >= number("FULL_AT") ? kFull : kNone;
 }
 
-static int path_counts(int folder, const char* path) {
+// The path of a file, or of `path` seen from a folder.
+static void resolve(int folder, const char* path, char* to, size_t most) {
+  to[0] = 0;
+  if (path[0] != '/' && folder != AT_FDCWD) {
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    const ssize_t length = readlink(link, to, most - 1);
+    to[length < 0 ? 0 : length] = 0;
+    if (path[0]) strncat(to, "/", most - strlen(to) - 1);
+  }
+  strncat(to, path, most - strlen(to) - 1);
+}
+
+static void write_down(const char* call, const char* path, const char* moved_to) {
+  const char* file = getenv("CALLS_TO");
+  if (!file) return;
+  char line[9000];
+  const int length = snprintf(line, sizeof line, "%s %s %s\n", call, path, moved_to);
+  const int fd = (int)syscall(SYS_openat, AT_FDCWD, file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  (void)!syscall(SYS_write, fd, line, (size_t)length);
+  syscall(SYS_close, fd);
+}
+
+static enum Fault on(const char* call, int folder, const char* path, const char* moved_to, int is_write) {
+  char whole[4096];
+  resolve(folder, path, whole, sizeof whole);
   const char* below = getenv("FAULT_BELOW");
-  if (!below) return 1;
-  if (path[0] == '/' || folder == AT_FDCWD) return strncmp(path, below, strlen(below)) == 0;
-  char link[64], target[4096];
-  snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
-  const ssize_t length = readlink(link, target, sizeof target - 1);
-  if (length < 0) return 0;
-  target[length] = 0;
-  return strncmp(target, below, strlen(below)) == 0;
+  if (below && strncmp(whole, below, strlen(below)) != 0) return kNone;
+  write_down(call, whole, moved_to);
+  return count(is_write);
 }
-
-static enum Fault on_path(int folder, const char* path) {
-  return path_counts(folder, path) ? count(0) : kNone;
-}
-
-static enum Fault on_file(int fd, int is_write) { return path_counts(fd, "") ? count(is_write) : kNone; }
 
 __attribute__((destructor)) static void report(void) {
   if (number("KILL_AT") == 0) fprintf(stderr, "calls %ld\n", atomic_load(&calls));
@@ -61,16 +78,16 @@ __attribute__((destructor)) static void report(void) {
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-#define WRITES(name, parameters, whole, half)    \
-  ssize_t name parameters {                      \
-    const enum Fault fault = on_file(fd, 1);     \
-    if (fault == kTorn) {                        \
-      (void)!NEXT(name) half;                    \
-      die();                                     \
-    }                                            \
-    if (fault == kNone) return NEXT(name) whole; \
-    errno = ENOSPC;                              \
-    return -1;                                   \
+#define WRITES(name, parameters, whole, half)          \
+  ssize_t name parameters {                            \
+    const enum Fault fault = on(#name, fd, "", "", 1); \
+    if (fault == kTorn) {                              \
+      (void)!NEXT(name) half;                          \
+      die();                                           \
+    }                                                  \
+    if (fault == kNone) return NEXT(name) whole;       \
+    errno = ENOSPC;                                    \
+    return -1;                                         \
   }
 
 WRITES(write, (int fd, const void* data, size_t bytes), (fd, data, bytes), (fd, data, bytes / 2))
@@ -79,21 +96,21 @@ WRITES(pwrite, (int fd, const void* data, size_t bytes, off_t at), (fd, data, by
 WRITES(pwrite64, (int fd, const void* data, size_t bytes, off64_t at), (fd, data, bytes, at),
        (fd, data, bytes / 2, at))
 
-#define COUNTED(name, parameters, counted, arguments) \
-  int name parameters {                               \
-    counted;                                          \
-    return NEXT(name) arguments;                      \
+#define COUNTED(name, parameters, folder, path, moved_to, arguments) \
+  int name parameters {                                              \
+    on(#name, folder, path, moved_to, 0);                            \
+    return NEXT(name) arguments;                                     \
   }
 
-COUNTED(fsync, (int fd), on_file(fd, 0), (fd))
-COUNTED(ftruncate, (int fd, off_t bytes), on_file(fd, 0), (fd, bytes))
-COUNTED(ftruncate64, (int fd, off64_t bytes), on_file(fd, 0), (fd, bytes))
-COUNTED(truncate, (const char* path, off_t bytes), on_path(AT_FDCWD, path), (path, bytes))
-COUNTED(truncate64, (const char* path, off64_t bytes), on_path(AT_FDCWD, path), (path, bytes))
-COUNTED(rename, (const char* from, const char* to), on_path(AT_FDCWD, from), (from, to))
-COUNTED(renameat2, (int from_fd, const char* from, int to_fd, const char* to, unsigned flags),
-        on_path(from_fd, from), (from_fd, from, to_fd, to, flags))
-COUNTED(unlink, (const char* path), on_path(AT_FDCWD, path), (path))
-COUNTED(unlinkat, (int fd, const char* path, int flags), on_path(fd, path), (fd, path, flags))
-COUNTED(rmdir, (const char* path), on_path(AT_FDCWD, path), (path))
-COUNTED(mkdir, (const char* path, mode_t mode), on_path(AT_FDCWD, path), (path, mode))
+COUNTED(fsync, (int fd), fd, "", "", (fd))
+COUNTED(ftruncate, (int fd, off_t bytes), fd, "", "", (fd, bytes))
+COUNTED(ftruncate64, (int fd, off64_t bytes), fd, "", "", (fd, bytes))
+COUNTED(truncate, (const char* path, off_t bytes), AT_FDCWD, path, "", (path, bytes))
+COUNTED(truncate64, (const char* path, off64_t bytes), AT_FDCWD, path, "", (path, bytes))
+COUNTED(rename, (const char* from, const char* to), AT_FDCWD, from, to, (from, to))
+COUNTED(renameat2, (int from_fd, const char* from, int to_fd, const char* to, unsigned flags), from_fd, from,
+        to, (from_fd, from, to_fd, to, flags))
+COUNTED(unlink, (const char* path), AT_FDCWD, path, "", (path))
+COUNTED(unlinkat, (int fd, const char* path, int flags), fd, path, "", (fd, path, flags))
+COUNTED(rmdir, (const char* path), AT_FDCWD, path, "", (path))
+COUNTED(mkdir, (const char* path, mode_t mode), AT_FDCWD, path, "", (path, mode))

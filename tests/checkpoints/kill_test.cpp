@@ -1,5 +1,9 @@
 #include <fmt/format.h>
 
+#include <fstream>
+#include <set>
+#include <sstream>
+
 #include "tests/checkpoints/fixture.h"
 #include "tests/support/process.h"
 
@@ -8,13 +12,15 @@ namespace checkpoint_test {
 class Kill : public CheckpointTest {
  protected:
   // save_one under the shim. kill_at 0: to the end, printing the number of calls.
-  support::ProcessResult save_one(int64_t step, int64_t variant, long kill_at, bool torn) {
+  support::ProcessResult save_one(int64_t step, int64_t variant, long kill_at, bool torn,
+                                  const fs::path& calls_to = {}) {
     support::Process process;
     process.arguments = {SAVE_ONE, directory_.string(), std::to_string(step), std::to_string(variant)};
     process.environment = {{"LD_PRELOAD", FAULT_SHIM},
                            {"KILL_AT", std::to_string(kill_at)},
                            {"ASAN_OPTIONS", "verify_asan_link_order=0:detect_leaks=0"}};
     if (torn) process.environment.emplace_back("KILL_TORN", "1");
+    if (!calls_to.empty()) process.environment.emplace_back("CALLS_TO", calls_to.string());
     return support::run(process);
   }
 
@@ -68,5 +74,59 @@ class Kill : public CheckpointTest {
 TEST_F(Kill, ANewStep) { kill_everywhere({1, 2}, 3, 0, false); }
 TEST_F(Kill, ANewStepWithTornWrites) { kill_everywhere({1, 2}, 3, 0, true); }
 TEST_F(Kill, TheOnlyStepReplaced) { kill_everywhere({2}, 2, 1, false); }
+
+// What a power failure would undo: content of files and entries of folders that changed since they were
+// synced.
+class Unsynced {
+ public:
+  void follow(const std::string& line) {
+    std::istringstream words(line);
+    std::string call, path, to;
+    words >> call >> path >> to;
+    ++calls_;
+    if (call == "fsync") {
+      lost_.erase(path), moved_.erase(path);
+    } else if (call.starts_with("rename")) {
+      for (const std::string& lost : lost_) EXPECT_FALSE(holds(path, lost)) << lost << ": " << line;
+      if (fs::path(to).filename() == "latest") expect_moves_synced(to, line);
+      moved_.insert(folder(to));
+      lost_.insert({folder(path), folder(to)});
+    } else if (call == "mkdir") {
+      lost_.insert(folder(path));
+    } else if (call.find("write") != std::string::npos) {
+      lost_.insert({path, folder(path)});
+    } else if (call.starts_with("unlink") || call.starts_with("truncate") || call == "rmdir") {
+      expect_moves_synced(path, line);
+    }
+  }
+  void expect_nothing_lost() const {
+    EXPECT_GT(calls_, 10);
+    for (const std::string& lost : lost_) ADD_FAILURE() << lost << " was never synced";
+  }
+
+ private:
+  static std::string folder(const std::string& path) { return fs::path(path).parent_path().string(); }
+  static bool holds(const std::string& whole, const std::string& part) {
+    return (part + "/").starts_with(whole + "/");
+  }
+  // What is pointed at, and what makes something dispensable, is in place before that.
+  void expect_moves_synced(const std::string& path, const std::string& line) const {
+    for (const std::string& moved : moved_) EXPECT_FALSE(holds(moved, path)) << moved << ": " << line;
+  }
+  std::set<std::string> lost_, moved_;  // of the latter, folders with something moved into them
+  int calls_ = 0;
+};
+
+TEST_F(Kill, NothingIsPointedAtOrRemovedAheadOfWhatTakesItsPlace) {
+  for (const int64_t step : {1, 2, 3, 3}) {
+    const fs::path calls = root_ / "calls";
+    fs::remove(calls);
+    ASSERT_EQ(save_one(step, 0, 0, false, calls).exit_code, 0);
+    Unsynced unsynced;
+    std::ifstream lines(calls);
+    for (std::string line; std::getline(lines, line);) unsynced.follow(line);
+    unsynced.expect_nothing_lost();
+  }
+}
 
 }  // namespace checkpoint_test

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <optional>
 
+#include "checkpoints/files.h"
 #include "data/batch_loader.h"
 #include "data/dataset.h"
 #include "kernels/core/error.h"
@@ -100,7 +101,7 @@ class Job {
   }
 
   void open_run() {
-    fs::create_directories(config_.log.run);
+    checkpoints::create_synced(config_.log.run);
     std::ofstream(fs::path(config_.log.run) / "config.resolved.cfg") << configs::to_ini(config_);
     std::vector<std::string> names;
     for (const auto& loss : model_.losses()) names.push_back(loss.name);
