@@ -88,16 +88,41 @@ std::vector<fs::path> matches(const std::string& input) {
   return paths;
 }
 
-// Removes temporary folders of programs that no longer run.
-void remove_left_overs(const fs::path& parent, const std::string& prefix) {
+// Beside a folder: the new one, and the old one where two names cannot be exchanged.
+std::string temporary_prefix(const fs::path& target) {
+  return fmt::format(".{}.new-", target.filename().string());
+}
+constexpr const char* kOldSuffix = ".old";
+
+// Removes temporary folders of programs that no longer run. One that ended between two moves left only what
+// it was to replace, which takes its name back.
+void remove_left_overs(const fs::path& target) {
+  const std::string prefix = temporary_prefix(target);
   std::error_code error;
-  for (const auto& entry : fs::directory_iterator(parent, error)) {
+  for (const auto& entry : fs::directory_iterator(target.parent_path(), error)) {
     const std::string name = entry.path().filename().string();
     if (!name.starts_with(prefix)) continue;
     const long pid = std::strtol(name.c_str() + prefix.size(), nullptr, 10);
-    if (pid > 0 && ::kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH)
+    if (pid <= 0 || ::kill(static_cast<pid_t>(pid), 0) == 0 || errno != ESRCH) continue;
+    if (name.ends_with(kOldSuffix) && !fs::exists(fs::symlink_status(target)))
+      fs::rename(entry.path(), target, error);
+    else
       fs::remove_all(entry.path(), error);
   }
+}
+
+// In one moment, where the file system can.
+void exchange(const fs::path& temporary, const fs::path& target) {
+  if (::renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, target.c_str(), RENAME_EXCHANGE) == 0) return;
+  if (errno != EINVAL && errno != ENOSYS) fail(target, "replace", errno);
+  const fs::path old = temporary.string() + kOldSuffix;
+  std::error_code error, ignored;
+  fs::rename(target, old, error);
+  if (error) fail(target, "replace", error.value());
+  fs::rename(temporary, target, error);
+  if (error) fs::rename(old, target, ignored);
+  if (error) fail(target, "create", error.value());
+  fs::rename(old, temporary, ignored);
 }
 
 }  // namespace
@@ -188,6 +213,7 @@ NewFolder::NewFolder(const fs::path& target, const std::function<bool(const fs::
     : target_(fs::absolute(target).lexically_normal()) {
   if (target_.filename().empty()) target_ = target_.parent_path();
   std::error_code error;
+  remove_left_overs(target_);
   if (fs::exists(fs::symlink_status(target_)) &&
       !(fs::is_directory(target_) && fs::is_empty(target_, error)) && !replaceable(target_))
     throw DataError(fmt::format(
@@ -196,9 +222,7 @@ NewFolder::NewFolder(const fs::path& target, const std::function<bool(const fs::
   const fs::path parent = target_.parent_path();
   fs::create_directories(parent, error);
   if (error) fail(parent, "create", error.value());
-  const std::string prefix = fmt::format(".{}.new-", target_.filename().string());
-  remove_left_overs(parent, prefix);
-  temporary_ = parent / fmt::format("{}{}", prefix, ::getpid());
+  temporary_ = parent / fmt::format("{}{}", temporary_prefix(target_), ::getpid());
   fs::remove_all(temporary_, error);
   if (::mkdir(temporary_.c_str(), 0777) != 0) fail(temporary_, "create", errno);
 }
@@ -210,20 +234,14 @@ NewFolder::~NewFolder() {
 
 void NewFolder::commit() {
   sync_folder(temporary_);
-  const fs::path old = temporary_.string() + ".old";
-  std::error_code error;
-  const bool replacing = fs::exists(target_);
-  if (replacing) fs::rename(target_, old, error);
-  if (error) fail(target_, "replace", error.value());
-  fs::rename(temporary_, target_, error);
-  if (error) {
-    const int reason = error.value();
-    if (replacing) fs::rename(old, target_, error);
-    fail(target_, "create", reason);
-  }
+  if (fs::exists(target_))
+    exchange(temporary_, target_);
+  else if (::rename(temporary_.c_str(), target_.c_str()) != 0)
+    fail(target_, "create", errno);
   committed_ = true;
   sync_folder(target_.parent_path());
-  fs::remove_all(old, error);
+  std::error_code error;
+  fs::remove_all(temporary_, error);  // what was replaced
 }
 
 }  // namespace data

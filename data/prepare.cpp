@@ -155,6 +155,22 @@ bool weighted(const std::vector<Document>& documents) {
   return std::any_of(documents.begin(), documents.end(), [](const Document& d) { return d.weighted; });
 }
 
+// Whether a folder holds prepared data, and nothing that would be lost with it.
+bool replaceable(const std::filesystem::path& folder) {
+  if (!std::filesystem::exists(folder / kDescriptionFile)) return false;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    const bool shard =
+        (name.starts_with("train_") || name.starts_with("validation_")) && name.ends_with(".h5");
+    if (!shard && name != kDescriptionFile && name != kTokenizerFile)
+      throw DataError(
+          fmt::format("{}: is no prepared data and would be lost with its folder; move it, or "
+                      "choose another folder",
+                      entry.path().string()));
+  }
+  return true;
+}
+
 }  // namespace
 
 PrepareSummary prepare(const PrepareParams& params, const Progress& progress) {
@@ -164,7 +180,7 @@ PrepareSummary prepare(const PrepareParams& params, const Progress& progress) {
     if (progress) progress(phase, fraction);
   };
   NewFolder folder(params.output, [&](const std::filesystem::path& existing) {
-    return params.overwrite && std::filesystem::exists(existing / kDescriptionFile);
+    return params.overwrite && replaceable(existing);
   });
   PrepareSummary summary;
   const Collection documents = collect_documents(params, summary, progress);

@@ -284,6 +284,24 @@ TEST(Prepare, ReplacesOnlyPreparedFoldersWhenAsked) {
   prepare(params, {});
   EXPECT_EQ(texts(scratch, "train").begin()->second.substr(0, 18), sample_text(2, 9).substr(0, 18));
   EXPECT_EQ(scratch.names(), (std::vector<std::string>{"good.txt", "out"}));
+  scratch.write("out/metrics.jsonl", "mine");
+  EXPECT_NE(message_of<DataError>([&] { prepare(params, {}); }).find("metrics.jsonl: is no prepared data"),
+            std::string::npos);
+  EXPECT_EQ(read_file(scratch / "out/metrics.jsonl"), "mine");
+}
+
+// Where two names cannot be exchanged there is a moment without either.
+TEST(Prepare, TakesBackWhatAnEndedOneHadMovedAway) {
+  const Scratch scratch;
+  auto params = bytes_params(scratch, {scratch.write("good.txt", sample_text(1, 5))});
+  prepare(params, {});
+  const auto before = texts(scratch, "train");
+  const std::string nobody = ".out.new-999999999";  // no process has such a number
+  std::filesystem::rename(scratch / "out", scratch / (nobody + ".old"));
+  std::filesystem::create_directory(scratch / nobody);
+  EXPECT_NE(message_of<DataError>([&] { prepare(params, {}); }).find("exists already"), std::string::npos);
+  EXPECT_EQ(texts(scratch, "train"), before);
+  EXPECT_EQ(scratch.names(), (std::vector<std::string>{"good.txt", "out"}));
 }
 
 // A write that fails half-way (here at a size limit, which stands for a full disk).

@@ -6,8 +6,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <fstream>
+#include <set>
 #include <thread>
 
+#include "data/dataset.h"
 #include "tests/launch/job_fixture.h"
 
 namespace launch {
@@ -200,6 +203,41 @@ TEST_F(Job, NoSpaceForPreparedData) {
     for (const auto& entry : fs::directory_iterator(folder_.path()))
       EXPECT_EQ(entry.path().filename().string().find("out"), std::string::npos) << entry.path();
   }
+}
+
+// Killed at any call: the old data or the new, and nothing else once it was done again.
+TEST_F(Job, OverwritingPreparedDataLosesNeither) {
+  const fs::path root = folder_.path() / "data", out = root / "out", text = folder_.path() / "more";
+  const auto prepare_again = [&](const std::string& environment) {
+    return run_shell("env " + environment + " ASAN_OPTIONS=verify_asan_link_order=0:detect_leaks=0 " +
+                     FORETELL_BINARY " prepare --overwrite --tokenizer bytes --input " + text.string() +
+                     " --output " + out.string());
+  };
+  const auto tokens = [&] { return data::TokenDataset(out, "train", 8).tokens(); };
+  support::write_tiny_text(text);
+  ASSERT_EQ(prepare_again("A=B").exit_code, 0);
+  const int64_t older = tokens();
+  fs::copy(out, folder_.path() / "older", fs::copy_options::recursive);
+  std::ofstream(text / "new.txt") << std::string(5000, 'x') << "\n";
+  const std::string shim = "LD_PRELOAD=" FAULT_SHIM " FAULT_BELOW=" + root.string() + " KILL_AT=";
+  const Outcome whole = prepare_again(shim + "0");
+  ASSERT_EQ(whole.exit_code, 0) << whole.errors;
+  const int64_t newer = tokens();
+  ASSERT_NE(older, newer);
+  long calls = 0;
+  ASSERT_EQ(std::sscanf(whole.errors.c_str() + whole.errors.rfind("calls"), "calls %ld", &calls), 1);
+  std::set<int64_t> seen;
+  for (long call = 1; call <= calls; ++call) {
+    fs::remove_all(out);
+    fs::copy(folder_.path() / "older", out, fs::copy_options::recursive);
+    EXPECT_EQ(prepare_again(shim + std::to_string(call)).exit_code, 137) << call;
+    ASSERT_TRUE(fs::exists(out)) << "killed at call " << call << " of " << calls;
+    seen.insert(tokens());
+  }
+  EXPECT_EQ(seen, (std::set<int64_t>{older, newer}));
+  ASSERT_EQ(prepare_again("A=B").exit_code, 0);
+  EXPECT_EQ(tokens(), newer);
+  EXPECT_EQ(std::distance(fs::directory_iterator(root), fs::directory_iterator()), 1);
 }
 
 // Without the right to read everything that root has.
