@@ -58,16 +58,20 @@ void sync_folder(const fs::path& folder) {
 
 bool hidden(const fs::path& path) { return path.filename().string().starts_with('.'); }
 
+// A folder that cannot be read stands for what is in it: whoever reads it is told.
 std::vector<fs::path> files_below(const fs::path& folder) {
   std::vector<fs::path> found;
   std::error_code error;
-  fs::recursive_directory_iterator it(folder, fs::directory_options::skip_permission_denied, error), end;
+  fs::recursive_directory_iterator it(folder, error), end;
   if (error) fail(folder, "read", error.value());
   while (it != end) {
     if (hidden(it->path())) {
       it.disable_recursion_pending();
     } else if (it->is_regular_file(error)) {
       found.push_back(it->path());
+    } else if (it->is_directory(error) && ::access(it->path().c_str(), R_OK | X_OK) != 0) {
+      found.push_back(it->path());
+      it.disable_recursion_pending();
     }
     it.increment(error);
     if (error) fail(folder, "read", error.value());

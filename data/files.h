@@ -10,7 +10,7 @@
 namespace data {
 
 // Files behind paths, folders (recursive, without hidden entries) and globs, each list sorted, every file
-// once. A path that does not exist or a glob without a match is a DataError.
+// once; and folders that cannot be read, as read_file() will say. A path that does not exist or a glob without a match is a DataError.
 std::vector<std::filesystem::path> expand_inputs(const std::vector<std::string>& inputs);
 
 // The whole content of a regular file.

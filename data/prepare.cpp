@@ -54,13 +54,20 @@ int64_t trained_vocabulary(const std::string& tokenizer) {
   return size;
 }
 
-std::unique_ptr<Tokenizer> choose_tokenizer(const std::string& choice, const std::vector<Document>& train) {
+// Nothing where it is to be trained.
+std::unique_ptr<Tokenizer> given_tokenizer(const std::string& choice) {
   if (choice == "bytes") return make_byte_tokenizer();
-  const int64_t size = trained_vocabulary(choice);
-  if (size == 0) return load_tokenizer(choice);
+  if (trained_vocabulary(choice) > 0) return nullptr;
+  if (!std::filesystem::exists(choice))
+    throw DataError(
+        fmt::format("tokenizer {}: no such file or folder; bytes and sentencepiece:N need none", choice));
+  return load_tokenizer(choice);
+}
+
+std::unique_ptr<Tokenizer> train_tokenizer(const std::string& choice, const std::vector<Document>& train) {
   std::vector<std::string_view> texts;
   for (const Document& document : train) texts.push_back(document.text);
-  return train_sentencepiece(texts, size);
+  return train_sentencepiece(texts, trained_vocabulary(choice));
 }
 
 Encoded encode_document(const Tokenizer& tokenizer, const Document& document) {
@@ -175,7 +182,7 @@ bool replaceable(const std::filesystem::path& folder) {
 
 PrepareSummary prepare(const PrepareParams& params, const Progress& progress) {
   check_params(params);
-  trained_vocabulary(params.tokenizer);
+  std::unique_ptr<Tokenizer> tokenizer = given_tokenizer(params.tokenizer);
   const auto report = [&](const char* phase, double fraction) {
     if (progress) progress(phase, fraction);
   };
@@ -186,7 +193,7 @@ PrepareSummary prepare(const PrepareParams& params, const Progress& progress) {
   const Collection documents = collect_documents(params, summary, progress);
   check_free_space(folder.path().parent_path(), least_bytes(documents));
   report("tokenizer", 0);
-  const auto tokenizer = choose_tokenizer(params.tokenizer, documents.train);
+  if (!tokenizer) tokenizer = train_tokenizer(params.tokenizer, documents.train);
   DatasetDescription description{tokenizer->hash(), tokenizer->vocabulary(), {}};
   std::vector<std::pair<std::string, const std::vector<Document>*>> splits = {
       {"train", &documents.train}, {"validation", &documents.validation}};

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/formats/reader.h"
+#include "data/utf8.h"
 
 namespace data {
 
@@ -25,6 +26,10 @@ std::string string_at(const Json& record, const std::string& key, std::string& r
 
 Document parse_record(std::string_view line, const std::string& key, std::string& reason) {
   Document document;
+  if (!valid_utf8(line)) {
+    reason = "not UTF-8";
+    return document;
+  }
   const Json record = Json::parse(line.begin(), line.end(), nullptr, false);
   if (!record.is_object()) {
     reason = "not a JSON object";

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cctype>
 
-#include "data/utf8.h"
-
 namespace data {
 
 namespace {
@@ -22,13 +20,9 @@ std::span<const Reader> readers() { return kReaders; }
 
 ReadResult read_documents(const std::string& path, std::string_view content, const ReaderOptions& options) {
   const auto skip = [&](std::string_view reason) {
-    ReadResult result;
-    result.skipped.push_back(fmt::format("{}: {}", path, reason));
-    return result;
+    return ReadResult{{}, {fmt::format("{}: {}", path, reason)}};
   };
   if (content.empty()) return skip("empty");
-  if (content.find('\0') != std::string_view::npos) return skip("binary");
-  if (!valid_utf8(content)) return skip("not UTF-8");
   std::string name = path;
   std::transform(name.begin(), name.end(), name.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });

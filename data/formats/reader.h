@@ -34,7 +34,8 @@ struct Reader {
 // In the order they are asked; the last accepts anything.
 std::span<const Reader> readers();
 
-// Sniffs and reads one file: content that is empty, binary or not UTF-8 is skipped with the reason.
+// Sniffs and reads one file. What is empty, binary or not UTF-8 is skipped with the reason: a text whole, of
+// JSON lines each for itself.
 ReadResult read_documents(const std::string& path, std::string_view content, const ReaderOptions& options);
 
 bool accepts_json_lines(std::string_view name, std::string_view content);

@@ -139,7 +139,10 @@ struct ShardReader::Impl {
 
   void open_datasets() {
     quiet_hdf5();
-    const Hdf5Handle file(H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT), H5Fclose,
+    // Shards never change once they have their name, and some network file systems have no locks.
+    const Hdf5Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, "HDF5 file properties");
+    hdf5_check(H5Pset_file_locking(access.get(), false, true), "HDF5 file locking");
+    const Hdf5Handle file(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access.get()), H5Fclose,
                           path.string() + ": HDF5 cannot open it; run foretell prepare again");
     tokens = open_dataset(file.get(), "tokens", {H5T_STD_U16LE, H5T_STD_I32LE});
     documents = read_all<int64_t>(open_dataset(file.get(), "documents", {H5T_STD_I64LE}));

@@ -132,7 +132,7 @@ TEST(Prepare, ReadsJsonLinesAndNamesBadOnes) {
   const std::string file =
       scratch.write("x.jsonl",
                     "{\"body\":\"one \\u00e9\\n\"}\n\n{\"body\":2}\r\n{\"text\":\"x\"}\nnot json\n"
-                    "{\"body\":\"\"}\n{\"body\":\"a\\u0000b\"}\n{\"body\":\"two\"}");
+                    "{\"body\":\"\"}\n{\"body\":\"a\\u0000b\"}\n{\"body\":\"caf\xe9 \"}\n{\"body\":\"two\"}");
   auto params = bytes_params(scratch, {file});
   params.text_key = "body";
   params.validation_fraction = 0;
@@ -140,9 +140,9 @@ TEST(Prepare, ReadsJsonLinesAndNamesBadOnes) {
   EXPECT_EQ(summary.skipped_files,
             (std::vector<std::string>{file + ":3: \"body\" is not a string", file + ":4: no key \"body\"",
                                       file + ":5: not a JSON object", file + ":6: empty text",
-                                      file + ":7: text holds a NUL"}));
+                                      file + ":7: text holds a NUL", file + ":8: not UTF-8"}));
   EXPECT_EQ(texts(scratch, "train"),
-            (std::map<std::string, std::string>{{file + ":1", "one \u00e9\n"}, {file + ":8", "two"}}));
+            (std::map<std::string, std::string>{{file + ":1", "one \u00e9\n"}, {file + ":9", "two"}}));
 }
 
 TEST(Prepare, EveryReaderOfTheTableReads) {
@@ -241,8 +241,10 @@ TEST(Prepare, RefusesWithOneLineAndLeavesNothing) {
   scratch.write("empty/.keep", "");
   const std::string good = scratch.write("good.txt", sample_text(1, 5));
   auto params = bytes_params(scratch, {(scratch / "in").string()});
+  std::string last_phase;
   const auto refused = [&](const std::string& part) {
-    const std::string message = message_of<kernels::Error>([&] { prepare(params, {}); });
+    const std::string message = message_of<kernels::Error>(
+        [&] { prepare(params, [&](const std::string& phase, double) { last_phase = phase; }); });
     EXPECT_NE(message.find(part), std::string::npos) << message;
     EXPECT_EQ(message.find('\n'), std::string::npos);
     EXPECT_EQ(scratch.names(), (std::vector<std::string>{"empty", "good.txt", "in"}));
@@ -251,6 +253,7 @@ TEST(Prepare, RefusesWithOneLineAndLeavesNothing) {
   params.inputs = {(scratch / "empty").string()};
   refused("0 files");
   params.inputs = {good};
+  last_phase.clear();
   params.tokenizer = "sentencepiece:10";
   refused("at least");
   params.tokenizer = "sentencepiece:many";
@@ -259,6 +262,7 @@ TEST(Prepare, RefusesWithOneLineAndLeavesNothing) {
   refused("missing.model");
   params.tokenizer = good;
   refused("not a SentencePiece model");
+  EXPECT_EQ(last_phase, "");  // what is wrong with a tokenizer is said before anything is read
   params.tokenizer = "bytes";
   params.validation_fraction = 1.0;
   refused("validation fraction");

@@ -1,7 +1,9 @@
 #include "data/formats/shard.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <hdf5.h>
+#include <sys/file.h>
 
 #include "data/checksum.h"
 #include "data/dataset.h"
@@ -176,6 +178,16 @@ TEST_F(ForeignShard, Links) {
               H5Lcreate_soft("/elsewhere", f, "tokens", H5P_DEFAULT, H5P_DEFAULT);
             }).find("/tokens"),
             std::string::npos);
+}
+
+// Network file systems may have no locks, and a lock of somebody else's is no reason not to read.
+TEST(Shard, AsksForNoLock) {
+  const Scratch scratch;
+  data_test::prepare_bytes(scratch, 5);
+  const int fd = ::open((scratch / "out/train_000.h5").c_str(), O_RDONLY);
+  ASSERT_EQ(::flock(fd, LOCK_EX | LOCK_NB), 0);
+  EXPECT_GT(TokenDataset(scratch / "out", "train", 8).tokens(), 0);
+  ::close(fd);
 }
 
 TEST(Shard, TheFolderIsCheckedAsAWhole) {
