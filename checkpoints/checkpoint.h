@@ -83,13 +83,14 @@ class Reader {
 
 // The newest checkpoint below `directory` that verifies; empty path when there is no step directory at all;
 // CheckpointError when there are some but none verifies. Bad ones are renamed to *.bad when `set_aside`, each
-// reported to `warn`.
+// reported to `warn`. One that cannot be read for a reason of the system's is not passed over: that error
+// ends the search.
 std::filesystem::path find_newest(const std::filesystem::path& directory, bool set_aside,
                                   const std::function<void(const std::string&)>& warn);
 // RUN directory, its checkpoints folder (the newest that verifies), or a checkpoint itself (Reader verifies
 // it) -> a checkpoint path. CheckpointError when there is none.
 std::filesystem::path resolve(const std::filesystem::path& run_or_checkpoint,
-                              const std::function<void(const std::string&)>& warn = {});
+                              const std::function<void(const std::string&)>& warn);
 // Also true when all that is left was set aside as *.bad: then nothing may start from step 0 silently.
 bool has_steps(const std::filesystem::path& directory);
 // The highest step of which there is a folder, whole or not; -1 without any.

@@ -14,8 +14,6 @@
 #include <cstring>
 #include <memory>
 
-#include "kernels/core/error.h"
-
 namespace checkpoints {
 namespace {
 
@@ -55,7 +53,11 @@ size_t read_some(const Path& path, const Descriptor& file, void* data, size_t by
 }  // namespace
 
 void fail_errno(const Path& path, const char* action) {
-  throw CheckpointError(fmt::format("{} {}: {}", action, path.string(), std::strerror(errno)));
+  const int error = errno;
+  const std::string line =
+      fmt::format("{} {}: {}{}", action, path.string(), std::strerror(error), kernels::remedy_of(error));
+  if (error == ENOENT || error == ENOTDIR || error == EISDIR || error == ELOOP) throw CheckpointError(line);
+  throw SystemFailure(line);
 }
 
 void write_synced(const Path& path, const std::string& text) {
@@ -79,8 +81,8 @@ void create_synced(const Path& path) {
   if (std::filesystem::is_directory(path, error)) return;
   const Path parent = path.has_parent_path() ? path.parent_path() : Path(".");
   create_synced(parent);
-  if (std::filesystem::create_directory(path, error)) sync_path(parent);
-  if (error) throw CheckpointError(fmt::format("cannot create {}: {}", path.string(), error.message()));
+  if (::mkdir(path.c_str(), 0777) == 0) return sync_path(parent);
+  if (errno != EEXIST || !std::filesystem::is_directory(path, error)) fail_errno(path, "cannot create");
 }
 
 void rename_over(const Path& from, const Path& to) {

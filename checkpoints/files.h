@@ -1,16 +1,23 @@
 #pragma once
 // Durable files: written whole, synced, renamed. Every failure is a CheckpointError with the file and the
-// system's reason.
+// system's reason; a SystemFailure where that says nothing about what is in the file.
 #include <cstdint>
 #include <filesystem>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "kernels/core/error.h"
+
 namespace checkpoints {
 
 using Path = std::filesystem::path;
 
+// Access refused, a disk or a server that does not answer, too many open files: a checkpoint may be as good
+// as ever behind it.
+struct SystemFailure : kernels::CheckpointError {
+  using CheckpointError::CheckpointError;
+};
 [[noreturn]] void fail_errno(const Path& path, const char* action);
 void write_synced(const Path& path, const std::string& text);
 void sync_path(const Path& path);  // a file or a directory

@@ -38,8 +38,9 @@ Reader::Reader(const Path& checkpoint) : impl_(std::make_unique<Impl>()) {
   impl_->directory = checkpoint;
   const Path path = checkpoint / kManifestName;
   try {
+    const std::string manifest = read_text(path, kLongestManifest);
     try {
-      impl_->manifest = parse_manifest(read_text(path, kLongestManifest));
+      impl_->manifest = parse_manifest(manifest);
     } catch (const CheckpointError& error) {
       throw CheckpointError(fmt::format("{}: {}", kManifestName, error.what()));
     }
@@ -49,6 +50,8 @@ Reader::Reader(const Path& checkpoint) : impl_(std::make_unique<Impl>()) {
     for (size_t i = 0; i < impl_->manifest.files.size(); ++i)
       impl_->shards.push_back(std::make_unique<ShardReader>(checkpoint / shard_name(static_cast<int>(i))));
     impl_->attributes = impl_->shards[0]->read_attributes();
+  } catch (const SystemFailure&) {
+    throw;
   } catch (const CheckpointError& error) {
     throw CheckpointError(
         fmt::format("checkpoint {} does not verify ({}); use an older checkpoint or a copy of this one",

@@ -25,10 +25,13 @@ void set_aside(const Path& path) {
   rename_over(path, target);
 }
 
+// Empty where it is good. A SystemFailure is not about the checkpoint.
 std::string why_bad(const Path& checkpoint) {
   try {
     Reader reader(checkpoint);
     return "";
+  } catch (const SystemFailure&) {
+    throw;
   } catch (const CheckpointError& error) {
     return error.what();
   }

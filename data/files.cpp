@@ -24,10 +24,8 @@ using kernels::DataError;
 namespace {
 
 [[noreturn]] void fail(const fs::path& path, const char* what, int error) {
-  const char* remedy = error == ENOSPC || error == EDQUOT || error == EFBIG
-                           ? "; free some space or choose another place"
-                           : (error == EACCES ? "; check its permissions" : "");
-  throw DataError(fmt::format("{}: cannot {}: {}{}", path.string(), what, std::strerror(error), remedy));
+  throw DataError(fmt::format("{}: cannot {}: {}{}", path.string(), what, std::strerror(error),
+                              kernels::remedy_of(error)));
 }
 
 class Descriptor {

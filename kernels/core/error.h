@@ -1,6 +1,7 @@
 #pragma once
 // The exceptions of Foretell. Each carries one line that says what is wrong and what to do; the command line
 // maps the type to an exit code (ConfigError 2; DataError and CheckpointError 74; everything else 1).
+#include <cerrno>
 #include <stdexcept>
 #include <string>
 
@@ -27,5 +28,11 @@ struct CommError : Error {
 struct CheckpointError : Error {
   using Error::Error;
 };
+
+// What to do about a failed system call, to end a line with; empty where its reason says it.
+inline const char* remedy_of(int error) {
+  if (error == ENOSPC || error == EDQUOT || error == EFBIG) return "; free some space or choose another place";
+  return error == EACCES || error == EPERM || error == EROFS ? "; check its permissions" : "";
+}
 
 }  // namespace kernels

@@ -69,18 +69,18 @@ TEST_F(Retention, NeverSilentlyFromTheBeginning) {
 }
 
 TEST_F(Retention, APathIsResolved) {
-  EXPECT_THROW(checkpoints::resolve(root_), CheckpointError);
-  EXPECT_THROW(checkpoints::resolve(root_ / "nothing"), CheckpointError);
+  EXPECT_THROW(checkpoints::resolve(root_, {}), CheckpointError);
+  EXPECT_THROW(checkpoints::resolve(root_ / "nothing", {}), CheckpointError);
   make({5, 6});
-  EXPECT_EQ(checkpoints::resolve(root_ / "run"), step(6));
-  EXPECT_EQ(checkpoints::resolve(directory_), step(6));
-  EXPECT_EQ(checkpoints::resolve(step(5)), step(5));
+  EXPECT_EQ(checkpoints::resolve(root_ / "run", {}), step(6));
+  EXPECT_EQ(checkpoints::resolve(directory_, {}), step(6));
+  EXPECT_EQ(checkpoints::resolve(step(5), {}), step(5));
   damage(6);
   EXPECT_EQ(checkpoints::resolve(root_ / "run", warn()), step(5));
   EXPECT_EQ(warnings_.size(), 1u);
   EXPECT_TRUE(fs::exists(step(6)));
   write_all(root_ / "file", "text");
-  EXPECT_THROW(checkpoints::resolve(root_ / "file"), CheckpointError);
+  EXPECT_THROW(checkpoints::resolve(root_ / "file", {}), CheckpointError);
 }
 
 TEST_F(Retention, KeepsTheNewestEveryKthAndTheBest) {

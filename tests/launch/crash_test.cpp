@@ -183,7 +183,7 @@ TEST_F(Crash, NoSpaceForTheLastCheckpoint) {
       << full.errors;
   EXPECT_EQ(status()["state"], "failed");
   EXPECT_EQ(status()["exit_code"], 74);
-  EXPECT_EQ(checkpoints::resolve(run()).filename(), "step_00000003");
+  EXPECT_EQ(checkpoints::resolve(run(), {}).filename(), "step_00000003");
   goes_on_to_the_same_end();
 }
 

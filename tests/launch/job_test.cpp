@@ -138,14 +138,33 @@ TEST_F(Job, MoreRanksThanSamples) {
   EXPECT_FALSE(fs::exists(run()));
 }
 
+// What is said behind a warning for each checkpoint that is passed over.
+Outcome behind_warnings(Outcome outcome, int checkpoints) {
+  std::istringstream lines(outcome.errors);
+  std::string line;
+  for (int i = 0; i < checkpoints; ++i) {
+    std::getline(lines, line);
+    EXPECT_EQ(line.rfind("warning: checkpoint ", 0), 0u) << outcome.errors;
+  }
+  outcome.errors = {std::istreambuf_iterator<char>(lines), {}};
+  return outcome;
+}
+
 TEST_F(Job, DamagedCheckpoints) {
   prepare();
   ASSERT_EQ(foretell(train()).exit_code, 0);
-  for (const auto& step : fs::directory_iterator(run() / "checkpoints"))
-    if (step.is_directory()) damage(any_file(step, ".h5"));
+  damage(any_file(run() / "checkpoints" / "step_00000006", ".h5"));
+  const Outcome older = behind_warnings(foretell("generate --prompt a " + run().string()), 1);
+  EXPECT_EQ(older.exit_code, 0) << older.errors;
+  EXPECT_EQ(older.errors.find("warning"), std::string::npos) << older.errors;
+  const std::string new_run = " --set log.run=" + (folder_.path() / "new").string();
+  EXPECT_EQ(behind_warnings(foretell_ranks(2, train(new_run + " --set train.init_from=" + run().string())), 1)
+                .exit_code,
+            0);
+  damage(any_file(run() / "checkpoints" / "step_00000003", ".h5"));
   expect_one_line(foretell("inspect --verify " + run().string()), 74, "step_");
-  expect_one_line(foretell("evaluate " + run().string()), 74, "verifies");
-  expect_one_line(foretell("generate --prompt a " + run().string()), 74, "verifies");
+  expect_one_line(behind_warnings(foretell("evaluate " + run().string()), 2), 74, "verifies");
+  expect_one_line(behind_warnings(foretell("generate --prompt a " + run().string()), 2), 74, "verifies");
 }
 
 TEST_F(Job, CheckpointsOfAnotherArchitectureOrTokenizer) {
@@ -179,15 +198,7 @@ TEST_F(Job, ResumeWithEveryCheckpointTruncated) {
   for (const auto& step : fs::directory_iterator(run() / "checkpoints"))
     if (step.is_directory() && ++checkpoints) fs::resize_file(any_file(step, ".h5"), 100);
   const Outcome outcome = foretell_ranks(2, train("--resume auto --set train.steps=8"));
-  // A warning for each that is passed over, then the one line.
-  std::istringstream lines(outcome.errors);
-  std::string line;
-  for (int i = 0; i < checkpoints; ++i) {
-    std::getline(lines, line);
-    EXPECT_EQ(line.rfind("warning: checkpoint ", 0), 0u) << outcome.errors;
-  }
-  expect_one_line({outcome.exit_code, "", outcome.errors.substr(lines.tellg())}, 74,
-                  "or move the folder away to start from step 0");
+  expect_one_line(behind_warnings(outcome, checkpoints), 74, "or move the folder away to start from step 0");
 }
 
 TEST_F(Job, NoSpaceForPreparedData) {
@@ -281,8 +292,18 @@ TEST_F(Job, FilesThatMayNotBeRead) {
   forbid(shard);
   expect_one_line(foretell_with_permissions(train("--set log.run=" + out)), 74,
                   shard.string() + ": cannot open: Permission denied");
+  fs::permissions(shard, fs::perms::owner_all);
   forbid(file_);
   expect_one_line(foretell_with_permissions(train()), 2, "cannot read the configuration file");
+  // The newest may be as good as ever.
+  const fs::path newest = run() / "checkpoints" / "step_00000006", manifest = newest / "manifest.json";
+  ASSERT_TRUE(fs::exists(manifest));
+  fs::permissions(file_, fs::perms::owner_all);
+  forbid(manifest);
+  for (const std::string& command : {train("--resume auto"), "generate --prompt a " + run().string()})
+    expect_one_line(foretell_with_permissions(command), 74,
+                    manifest.string() + ": Permission denied; check its permissions");
+  EXPECT_TRUE(fs::exists(newest));
   forbid(run() / "checkpoints");
   expect_one_line(foretell_with_permissions("generate --prompt a " + run().string()), 74,
                   "Permission denied; check its permissions");

@@ -62,7 +62,7 @@ configs::Config tiny_config(const fs::path& folder) {
 }
 
 std::map<std::string, std::vector<char>> stored_state(const fs::path& run) {
-  const checkpoints::Reader reader(checkpoints::resolve(run));
+  const checkpoints::Reader reader(checkpoints::resolve(run, {}));
   std::map<std::string, std::vector<char>> all;
   for (const auto& name : reader.names()) {
     kernels::Tensor t(nullptr, reader.dtype(name), reader.shape(name));

@@ -53,7 +53,7 @@ class ModelLoad : public testing::Test {
   // The message of the CheckpointError that taking over the weights ends in.
   std::string refusal(const std::filesystem::path& checkpoint, const configs::Config& config) {
     try {
-      trainer::load_weights({}, checkpoint, *make(config));
+      trainer::load_weights(checkpoint, *make(config));
     } catch (const kernels::CheckpointError& e) {
       return e.what();
     }
@@ -87,7 +87,7 @@ TEST_F(ModelLoad, NewHeadsStartFreshAndCopyTheLoadedVocabulary) {
   with_heads.heads.medusa_vocabulary = "own";
   with_heads.heads.mtp = 1;
   const auto model = make(with_heads, 4);
-  const auto fresh = trainer::load_weights({}, checkpoint, *model);
+  const auto fresh = trainer::load_weights(checkpoint, *model);
   const auto& store = model->parameters();
   const auto& before = source->parameters();
   EXPECT_EQ(fresh.front(), "medusa.0.layers.0.weight");
@@ -109,7 +109,7 @@ TEST_F(ModelLoad, MedusaHeadsBecomeSequential) {
   configs::Config sequential = plain;
   sequential.heads.medusa_sequential = true;
   const auto model = make(sequential, 4);
-  EXPECT_EQ(trainer::load_weights({}, checkpoint, *model),
+  EXPECT_EQ(trainer::load_weights(checkpoint, *model),
             (std::vector<std::string>{"medusa.0.tokens.weight", "medusa.0.tokens.norm.weight",
                                       "medusa.1.tokens.weight", "medusa.1.tokens.norm.weight"}));
   const auto& store = model->parameters();
@@ -170,7 +170,7 @@ TEST_F(ModelLoad, TakesWeightsOfAnotherProgram) {
   const auto file = folder_.path() / "weights.safetensors";
   support::write_safetensors(file, entries);
   const auto model = make(with_biases, 4);
-  EXPECT_TRUE(trainer::load_weights({}, file, *model, "a tokenizer's hash is not compared").empty());
+  EXPECT_TRUE(trainer::load_weights(file, *model, "a tokenizer's hash is not compared").empty());
   EXPECT_EQ(to_doubles(model->parameters().buffers().master), to_doubles(before.buffers().master));
   EXPECT_EQ(to_doubles(model->parameters().buffers().weights), to_doubles(before.buffers().weights));
 
@@ -184,7 +184,7 @@ TEST_F(ModelLoad, RefusesAnotherVocabulary) {
   const auto checkpoint = save(*make(config()));
   Model other(config(), tokenizer_->vocabulary() + 1);
   other.parameters().allocate({}, DType::f16, true);
-  EXPECT_THROW(trainer::load_weights({}, checkpoint, other), kernels::CheckpointError);
+  EXPECT_THROW(trainer::load_weights(checkpoint, other), kernels::CheckpointError);
 }
 
 }  // namespace

@@ -162,7 +162,7 @@ TEST_F(Train, NothingLeftToDoNamesTheCheckpointItCameFrom) {
   auto config = named("done");
   train(config);
   trainer::TrainOptions again;
-  again.resume = checkpoints::resolve(config.log.run).string();
+  again.resume = checkpoints::resolve(config.log.run, {}).string();
   EXPECT_EQ(train(named("nothing"), again).checkpoint, again.resume);
 }
 
@@ -225,7 +225,7 @@ TEST_F(Train, OverflowSkipsTheStepAndHalvesTheScale) {
   EXPECT_EQ(skipped[0], 1.0) << "a scale of 2^32 overflows fp16";
   EXPECT_EQ(scale[1], scale[0] / 2);
   EXPECT_EQ(skipped.back(), 0.0) << "the scale came down to where training goes on";
-  const checkpoints::Reader reader(checkpoints::resolve(config.log.run));
+  const checkpoints::Reader reader(checkpoints::resolve(config.log.run, {}));
   EXPECT_LT(reader.attributes().integers.at("updates"), reader.attributes().integers.at("step"));
 }
 

@@ -180,6 +180,8 @@ void check_architecture(const std::filesystem::path& checkpoint, const configs::
                       checkpoint.string(), there[i].first, there[i].second, here[i].second, there[i].second));
 }
 
+void warn(const std::string& message) { fmt::print(stderr, "warning: {}\n", message); }
+
 LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                        const std::vector<std::string>& overrides) {
   return load_model_on([&](const configs::Config&) { return ctx; }, run_or_checkpoint, overrides);
@@ -196,7 +198,7 @@ LoadedModel load_model_on(const std::function<Context(const configs::Config&)>& 
           entry, section));
   }
   LoadedModel loaded;
-  loaded.checkpoint = checkpoints::resolve(run_or_checkpoint);
+  loaded.checkpoint = checkpoints::resolve(run_or_checkpoint, warn);
   const checkpoints::Reader reader(loaded.checkpoint);
   loaded.step = reader.step();
   loaded.config = configs::parse_config(text(reader, loaded.checkpoint, "config"),
@@ -215,11 +217,12 @@ LoadedModel load_model_on(const std::function<Context(const configs::Config&)>& 
   return loaded;
 }
 
-std::vector<std::string> load_weights(const Context&, const std::filesystem::path& run_or_checkpoint,
-                                      Model& model, const std::string& tokenizer_hash) {
+std::vector<std::string> load_weights(const std::filesystem::path& run_or_checkpoint, Model& model,
+                                      const std::string& tokenizer_hash,
+                                      const std::function<void(const std::string&)>& warn) {
   if (run_or_checkpoint.extension() == ".safetensors")
     return take_all(SafetensorsSource(run_or_checkpoint), run_or_checkpoint, model.parameters(), true);
-  const std::filesystem::path checkpoint = checkpoints::resolve(run_or_checkpoint);
+  const std::filesystem::path checkpoint = checkpoints::resolve(run_or_checkpoint, warn);
   const checkpoints::Reader reader(checkpoint);
   const configs::Config theirs =
       configs::parse_config(text(reader, checkpoint, "config"), checkpoint.string() + ": config");

@@ -10,6 +10,9 @@
 
 namespace trainer {
 
+// "warning: " and the message, on stderr.
+void warn(const std::string& message);
+
 struct LoadedModel {
   std::filesystem::path checkpoint;
   int64_t step = 0;
@@ -17,7 +20,8 @@ struct LoadedModel {
   std::unique_ptr<data::Tokenizer> tokenizer;
   std::unique_ptr<Model> model;  // weights only, ready for decoding
 };
-// CheckpointError when it does not verify or does not fit its own configuration.
+// CheckpointError when it does not verify or does not fit its own configuration. Of a run the newest
+// checkpoint that verifies; newer ones that do not are warned of.
 LoadedModel load_model(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
                        const std::vector<std::string>& overrides);
 // The same on a device that is chosen once the configuration is known.
@@ -32,8 +36,10 @@ void check_architecture(const std::filesystem::path& checkpoint, const configs::
 // has plain ones (what is new keeps its fresh values, and its names are returned); a tensor of another shape,
 // or a trunk tensor that is missing, is a CheckpointError that names it. So is a checkpoint whose tokenizer
 // has another hash than `tokenizer_hash` (empty: not compared). A .safetensors file, which knows no
-// tokenizer, holds the parameters under their canonical names.
-std::vector<std::string> load_weights(const Context& ctx, const std::filesystem::path& run_or_checkpoint,
-                                      Model& model, const std::string& tokenizer_hash = {});
+// tokenizer, holds the parameters under their canonical names. `warn` is told of newer checkpoints of a run
+// that do not verify.
+std::vector<std::string> load_weights(const std::filesystem::path& run_or_checkpoint, Model& model,
+                                      const std::string& tokenizer_hash = {},
+                                      const std::function<void(const std::string&)>& warn = {});
 
 }  // namespace trainer

@@ -17,8 +17,6 @@ namespace {
 using kernels::OptimizerState;
 using kernels::Tensor;
 
-void warn(const std::string& message) { fmt::print(stderr, "warning: {}\n", message); }
-
 }  // namespace
 
 Checkpointing::Checkpointing(const configs::Config& config, comm::Communicator& ranks, Model& model,
@@ -46,7 +44,7 @@ std::filesystem::path Checkpointing::choose(const std::string& resume) const {
       } else if (resume == "auto") {
         answer = "=" + checkpoints::find_newest(directory_, true, warn).string();
       } else {
-        const std::filesystem::path chosen = checkpoints::resolve(resume);
+        const std::filesystem::path chosen = checkpoints::resolve(resume, warn);
         // Of a run, or its folder, the newest that verifies was taken; a step was named to go back to it.
         if (chosen == resume) refuse_newer_steps(chosen);
         answer = "=" + chosen.string();

@@ -92,7 +92,8 @@ class Job {
 
  private:
   void take_initial_weights() {
-    const auto fresh = load_weights(ctx_, config_.train.init_from, model_, tokenizer_->hash());
+    const auto fresh = load_weights(config_.train.init_from, model_, tokenizer_->hash(),
+                                    ranks_.rank() == 0 ? warn : nullptr);
     if (ranks_.rank() == 0)
       fmt::print("weights from {}{}\n", config_.train.init_from,
                  fresh.empty() ? ""
