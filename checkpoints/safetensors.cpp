@@ -2,8 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <tuple>
 
 #include "kernels/core/error.h"
 
@@ -42,7 +45,28 @@ DType dtype_named(const std::filesystem::path& file, const std::string& tensor, 
       fmt::format("{}: tensor '{}' is {}; save it as F32, F16 or BF16", file.string(), tensor, name));
 }
 
-kernels::Shape shape_from(const std::vector<int64_t>& dims) {
+// The header, in which a name stands once: of two, JSON's reader would keep the last.
+nlohmann::json parse_header(const std::filesystem::path& file, const std::string& header) {
+  std::set<std::string> names;
+  return nlohmann::json::parse(header, [&](int depth, nlohmann::json::parse_event_t event, auto& value) {
+    if (depth == 1 && event == nlohmann::json::parse_event_t::key &&
+        !names.insert(value.template get<std::string>()).second)
+      bad(file, fmt::format("two tensors are named '{}'", value.template get<std::string>()));
+    return true;
+  });
+}
+
+std::vector<uint64_t> whole_numbers(const std::filesystem::path& file, const std::string& tensor,
+                                    const nlohmann::json& list) {
+  for (const auto& number : list)
+    if (!number.is_number_unsigned())
+      bad(file,
+          fmt::format("tensor '{}' has {} in its header, which is no size or place", tensor, number.dump()));
+  return list.get<std::vector<uint64_t>>();
+}
+
+kernels::Shape shape_from(const std::vector<uint64_t>& sizes) {
+  const std::vector<int64_t> dims(sizes.begin(), sizes.end());
   switch (dims.size()) {
     case 1:
       return {dims[0]};
@@ -65,33 +89,48 @@ SafetensorsReader::SafetensorsReader(const std::filesystem::path& file)
     throw CheckpointError(fmt::format("cannot read {}: check the path and its permissions", file.string()));
   const std::string header = read_header(file, stream_, file_bytes);
   try {
-    const auto json = nlohmann::json::parse(header);
+    const auto json = parse_header(file, header);
     for (const auto& [name, value] : json.items())
       if (name != "__metadata__")
-        add(name, value.at("dtype").get<std::string>(), value.at("shape").get<std::vector<int64_t>>(),
-            value.at("data_offsets").get<std::vector<uint64_t>>(), 8 + header.size(), file_bytes);
+        add(name, value.at("dtype").get<std::string>(), whole_numbers(file, name, value.at("shape")),
+            whole_numbers(file, name, value.at("data_offsets")), 8 + header.size(), file_bytes);
+    check_layout(8 + header.size(), file_bytes);
   } catch (const nlohmann::json::exception&) {
     bad(file, "its header is damaged");
   }
 }
 
 void SafetensorsReader::add(const std::string& name, const std::string& dtype,
-                            const std::vector<int64_t>& dims, const std::vector<uint64_t>& offsets,
+                            const std::vector<uint64_t>& dims, const std::vector<uint64_t>& offsets,
                             uint64_t data, uint64_t file_bytes) {
   if (dims.empty() || dims.size() > kernels::Shape::kMaxRank)
     bad(file_, fmt::format("tensor '{}' has {} dimensions", name, dims.size()));
   const DType type = dtype_named(file_, name, dtype);
-  // A product that would overflow is larger than the file long before.
   uint64_t bytes = kernels::size_of(type);
-  for (const int64_t dim : dims) {
-    if (dim < 1 || static_cast<uint64_t>(dim) > file_bytes || bytes > file_bytes)
+  for (const uint64_t dim : dims) {
+    if (dim > file_bytes / std::max<uint64_t>(bytes, 1))
       bad(file_, fmt::format("tensor '{}' is larger than the file", name));
-    bytes *= static_cast<uint64_t>(dim);
+    bytes *= dim;
   }
   if (offsets.size() != 2 || offsets[1] < offsets[0] || offsets[1] - offsets[0] != bytes ||
       offsets[1] > file_bytes - data)
     bad(file_, fmt::format("tensor '{}' lies outside of the file", name));
   entries_[name] = {type, shape_from(dims), data + offsets[0], bytes};
+}
+
+void SafetensorsReader::check_layout(uint64_t data, uint64_t file_bytes) const {
+  std::vector<std::tuple<uint64_t, uint64_t, std::string>>
+      places;  // an empty tensor ahead of what begins there
+  for (const auto& [name, entry] : entries_) places.emplace_back(entry.begin, entry.bytes, name);
+  std::sort(places.begin(), places.end());
+  uint64_t end = data;
+  for (const auto& [begin, bytes, name] : places) {
+    if (begin != end)
+      bad(file_,
+          fmt::format("tensor '{}' {}", name, begin < end ? "overlaps another" : "has a gap ahead of it"));
+    end += bytes;
+  }
+  if (end != file_bytes) bad(file_, fmt::format("{} bytes belong to no tensor", file_bytes - end));
 }
 
 std::vector<std::string> SafetensorsReader::names() const {

@@ -3,7 +3,7 @@
 //   bytes 0..7   length H of the header, little endian
 //   H bytes      JSON: {"name": {"dtype": "F32", "shape": [3, 4], "data_offsets": [begin, end]}, ...,
 //                "__metadata__": {...}}
-//   the rest     the tensors, little endian, dense, at the offsets
+//   the rest     the tensors, little endian, dense, at the offsets, one behind the other without gaps
 // F32, F16 and BF16 tensors of one to four dimensions are read. Source: the format's description by Hugging
 // Face.
 #include <cstdint>
@@ -33,8 +33,10 @@ class SafetensorsReader {
     kernels::Shape shape;
     uint64_t begin, bytes;  // in the file
   };
-  void add(const std::string& name, const std::string& dtype, const std::vector<int64_t>& dims,
+  void add(const std::string& name, const std::string& dtype, const std::vector<uint64_t>& dims,
            const std::vector<uint64_t>& offsets, uint64_t data, uint64_t file_bytes);
+  // The tensors fill the file, each once.
+  void check_layout(uint64_t data, uint64_t file_bytes) const;
   const Entry& entry(const std::string& name) const;
 
   std::filesystem::path file_;

@@ -1,5 +1,6 @@
 #include "checkpoints/safetensors.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -72,6 +73,34 @@ TEST_F(Safetensors, RefusesWhatIsDamagedOrCutShort) {
     write_raw(bad, std::string(8, '\0'));
     EXPECT_NE(refusal(), "accepted") << bad;
   }
+}
+
+TEST_F(Safetensors, RefusesTensorsThatDoNotFillTheFile) {
+  const auto tensor = [](const char* name, const char* shape, const char* offsets) {
+    return fmt::format(R"("{}":{{"dtype":"F32","shape":[{}],"data_offsets":[{}]}})", name, shape, offsets);
+  };
+  const std::string a = tensor("a", "2", "0,8"), b = tensor("b", "1", "8,12");
+  const std::pair<std::string, const char*> cases[] = {
+      {a + "," + b, "accepted"},
+      {b + "," + a, "accepted"},  // in any order
+      {a + "," + b + "," + tensor("none", "0,3", "8,8"), "accepted"},
+      {a + "," + tensor("b", "1", "4,8"), "tensor 'b' overlaps another"},
+      {b, "tensor 'b' has a gap ahead of it"},
+      {a, "4 bytes belong to no tensor"},
+      {a + "," + tensor("a", "1", "8,12"), "two tensors are named 'a'"},
+      {a + "," + tensor("b", "1.5", "8,12"), "tensor 'b' has 1.5 in its header"},
+      {a + "," + tensor("b", "-1", "8,12"), "tensor 'b' has -1 in its header"},
+      {a + "," + tensor("b", "1", "8.5,12.5"), "tensor 'b' has 8.5 in its header"},
+      {a + "," + tensor("b", "4294967296,1073741824", "8,8"), "tensor 'b' is larger than the file"},
+  };
+  for (const auto& [tensors, what] : cases) {
+    write_raw("{" + tensors + "}", std::string(12, '\0'));
+    EXPECT_NE(refusal().find(what), std::string::npos) << tensors << "\n" << refusal();
+  }
+  // Sizes whose product leaves 64 bits, in a file that holds each of them.
+  write_raw("{" + tensor("a", "4294967296,1073741824", "0,0") + "}", "");
+  std::filesystem::resize_file(file(), uint64_t{1} << 33);
+  EXPECT_NE(refusal().find("tensor 'a' is larger than the file"), std::string::npos) << refusal();
 }
 
 }  // namespace
