@@ -179,11 +179,11 @@ Config load_config(const std::filesystem::path& file, const std::vector<std::str
   if (std::filesystem::is_directory(file))
     throw ConfigError(fmt::format("{} is a folder; name a configuration file (.cfg)", file.string()));
   std::ifstream stream(file, std::ios::binary);
-  std::stringstream text;
-  if (!stream || !(text << stream.rdbuf()))
+  const std::string text(std::istreambuf_iterator<char>(stream), {});
+  if (!stream)
     throw ConfigError(
         fmt::format("cannot read the configuration file {}; configs/presets holds examples", file.string()));
-  return parse_config(text.str(), file.string(), overrides);
+  return parse_config(text, file.string(), overrides);
 }
 
 std::vector<std::string> split_list(std::string_view comma_separated) {

@@ -86,7 +86,7 @@ BatchLoader::BatchLoader(const TokenDataset& dataset, const LoaderParams& params
     throw kernels::ConfigError(
         "train.batch, train.micro_batch, model.context and the heads' offsets must be at least 1");
   if (dataset.samples() < 1)
-    throw kernels::DataError("the data holds no sample to train on; run foretell prepare with more text");
+    throw kernels::DataError("the data holds no sample; run foretell prepare with more text");
 }
 
 std::vector<std::vector<int64_t>> BatchLoader::group(const std::vector<int64_t>& samples) const {

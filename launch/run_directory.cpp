@@ -2,8 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <fstream>
 #include <nlohmann/json.hpp>
+
+#include "trainer/train/metrics.h"
 
 namespace launch {
 
@@ -26,10 +29,7 @@ void write_status(const fs::path& run, const RunStatus& status) {
 int64_t last_logged_step(const fs::path& run) {
   std::ifstream stream(run / "metrics.jsonl");
   int64_t step = 0;
-  for (std::string line; std::getline(stream, line);) {
-    const auto json = nlohmann::json::parse(line, nullptr, false);
-    if (json.is_object()) step = json.value("step", step);
-  }
+  for (std::string line; std::getline(stream, line);) step = std::max(step, trainer::step_of_line(line));
   return step;
 }
 

@@ -14,6 +14,7 @@ struct Operand {
   int64_t cols() const { return transposed ? matrix.rows() : matrix.cols(); }
 };
 
+// c = op(a) op(b) + bias, or c += op(a) op(b), which takes no bias.
 void gemm(const Operand& a, const Operand& b, const Tensor& bias, bool accumulate, const Tensor& c);
 
 }  // namespace kernels::cpu

@@ -9,6 +9,7 @@
 
 #include "configs/options.h"
 #include "kernels/core/error.h"
+#include "tests/support/temporary_folder.h"
 
 namespace configs {
 namespace {
@@ -115,6 +116,13 @@ TEST(Config, MissingFileAndFolderAreOneLine) {
       EXPECT_NE(std::string(error.what()).find(path), std::string::npos);
     }
   }
+}
+
+TEST(Config, AnEmptyFileIsTheDefaults) {
+  const support::TemporaryFolder folder;
+  const auto file = folder.path() / "empty.cfg";
+  std::ofstream(file).flush();
+  EXPECT_EQ(to_ini(load_config(file, {})), to_ini(Config{}));
 }
 
 TEST(Config, RoundTripIsExact) {

@@ -73,6 +73,34 @@ TEST_F(Job, EvaluateAndGenerate) {
   EXPECT_EQ(text(drafted.output), text(plain.output));
 }
 
+TEST_F(Job, AnEvaluationNeedsTextForValidation) {
+  support::write_tiny_text(folder_.path() / "text");
+  config_.data.path = (folder_.path() / "unsplit").string();
+  save();
+  ASSERT_EQ(foretell("prepare --tokenizer bytes --val-fraction 0 --input " +
+                     (folder_.path() / "text").string() + " --output " + config_.data.path)
+                .exit_code,
+            0);
+  const Outcome trained = foretell(train());
+  ASSERT_EQ(trained.exit_code, 0) << trained.errors;
+  expect_one_line(foretell("evaluate " + run().string()), 74,
+                  config_.data.path + " holds no text for validation");
+}
+
+// Lines of metrics that are JSON, but none of this program's.
+TEST_F(Job, ForeignLinesOfMetricsAreLeftOut) {
+  prepare();
+  ASSERT_EQ(foretell(train()).exit_code, 0);
+  std::ofstream(run() / "metrics.jsonl", std::ios::app)
+      << "{\"step\": \"seven\"}\n{\"step\": 2.5}\n[7]\n{\"step\"";
+  const Outcome inspected = foretell("inspect " + run().string());
+  EXPECT_EQ(inspected.exit_code, 0) << inspected.errors;
+  EXPECT_NE(inspected.output.find("last logged step 5"), std::string::npos) << inspected.output;
+  const Outcome resumed = foretell(train("--resume auto --set train.steps=8"));
+  EXPECT_EQ(resumed.exit_code, 0) << resumed.errors;
+  EXPECT_EQ(read_text(run() / "metrics.jsonl").find("seven"), std::string::npos);
+}
+
 TEST_F(Job, Usr1SavesAndStopsAndResumeGoesOn) {
   prepare();
   config_.train.steps = 100000;

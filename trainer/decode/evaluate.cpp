@@ -160,6 +160,11 @@ void evaluate(const Context& ctx, LoadedModel& loaded, const std::filesystem::pa
               const std::filesystem::path& output, const Progress& progress) {
   check_writable(output);
   const data::TokenDataset validation(loaded.config.data.path, "validation", loaded.config.model.context);
+  if (validation.samples() == 0)
+    throw kernels::DataError(fmt::format(
+        "{} holds no text for validation, of which an evaluation is made: prepare it with --val-fraction or "
+        "--validation-input",
+        loaded.config.data.path));
   check_tokenizer(loaded);
   Report report;
   report.checkpoint = loaded.checkpoint.string();

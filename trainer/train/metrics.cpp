@@ -29,14 +29,20 @@ std::string kept_lines(const std::filesystem::path& file, int64_t from_step) {
   std::ifstream in(file);
   std::string line, kept;
   while (std::getline(in, line)) {
-    const auto json = nlohmann::json::parse(line, nullptr, false);
-    const int64_t step = json.is_object() ? json.value("step", int64_t{-1}) : -1;
-    if (step >= 0 && step < from_step + json.contains("validation_loss")) kept += line + "\n";
+    const int64_t step = step_of_line(line);
+    const bool validation = line.find("\"validation_loss\"") != std::string::npos;
+    if (step >= 0 && step < from_step + validation) kept += line + "\n";
   }
   return kept;
 }
 
 }  // namespace
+
+int64_t step_of_line(const std::string& line) {
+  const auto json = nlohmann::json::parse(line, nullptr, false);
+  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) return -1;
+  return json["step"].get<int64_t>();
+}
 
 MetricsLog::MetricsLog(const std::filesystem::path& run, int64_t from_step, int64_t total_steps,
                        int64_t print_every, std::vector<std::string> loss_names, bool progress_bar)

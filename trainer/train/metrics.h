@@ -10,6 +10,9 @@
 
 namespace trainer {
 
+// The step of a line of metrics.jsonl; -1 where it is none, as of a line that was cut short.
+int64_t step_of_line(const std::string& line);
+
 class MetricsLog {
  public:
   // Opens RUN/metrics.jsonl. Lines of step `from_step` and later, left by a run that was cut short, are

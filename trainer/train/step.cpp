@@ -336,7 +336,6 @@ StepMetrics Stepper::collect() {
   metrics.learning_rate = state_.learning_rate;
   metrics.gradient_norm = state_.gradient_norm;
   metrics.skipped = state_.skip != 0;
-  metrics.skipped_total = state_.skipped;
   metrics.consecutive_skips = state_.consecutive_skips;
   const std::span agreed(numbers.agreed.as<int32_t>(), static_cast<size_t>(numbers.agreed.numel()));
   metrics.stop_requested = agreed[0] != 0;

@@ -30,10 +30,10 @@ namespace trainer {
 struct StepMetrics {
   int64_t step = 0;            // the number of the attempt, from 0
   std::vector<double> losses;  // mean over weighted tokens, one per Model::losses()
-  double tokens = 0;           // rows trained on in this step, over all ranks
+  double tokens = 0;           // trained on in this step, over all ranks: the sum of their loss weights
   double learning_rate = 0, gradient_norm = 0, loss_scale = 0;
   bool skipped = false;
-  int64_t skipped_total = 0, consecutive_skips = 0;
+  int64_t consecutive_skips = 0;
   std::string nonfinite_tensor;  // of a skipped step: the first tensor with a non-finite gradient
   int nonfinite_rank = -1;       // the rank it came from, where known
   bool stop_requested = false;   // by any rank
