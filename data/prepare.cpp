@@ -48,9 +48,9 @@ int64_t trained_vocabulary(const std::string& tokenizer) {
   int64_t size = 0;
   const char* end = tokenizer.data() + tokenizer.size();
   const auto [stop, error] = std::from_chars(tokenizer.data() + kSentencePiecePrefix.size(), end, size);
-  if (error != std::errc() || stop != end || size < kSmallestVocabulary)
-    throw ConfigError(fmt::format("tokenizer {}: expected sentencepiece:N with N at least {}", tokenizer,
-                                  kSmallestVocabulary));
+  if (error != std::errc() || stop != end || size < kSmallestVocabulary || size > kLargestVocabulary)
+    throw ConfigError(fmt::format("tokenizer {}: expected sentencepiece:N with N between {} and {}",
+                                  tokenizer, kSmallestVocabulary, kLargestVocabulary));
   return size;
 }
 

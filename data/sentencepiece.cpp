@@ -232,9 +232,9 @@ std::unique_ptr<Tokenizer> make_sentencepiece(std::string_view model) {
 
 std::unique_ptr<Tokenizer> train_sentencepiece(const std::vector<std::string_view>& texts,
                                                int64_t vocabulary) {
-  if (vocabulary < kSmallestVocabulary || vocabulary > 1000000)
-    throw ConfigError(fmt::format("sentencepiece:{}: the vocabulary must be between {} and 1000000",
-                                  vocabulary, kSmallestVocabulary));
+  if (vocabulary < kSmallestVocabulary || vocabulary > kLargestVocabulary)
+    throw ConfigError(fmt::format("sentencepiece:{}: the vocabulary must be between {} and {}", vocabulary,
+                                  kSmallestVocabulary, kLargestVocabulary));
   Counted segments = count_segments(texts);
   const Counts characters = frequent_characters(segments, (vocabulary - 258) / 2);
   if (segments.size() > kTrainingSegments) segments.resize(kTrainingSegments);

@@ -28,8 +28,8 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& path);
 std::unique_ptr<Tokenizer> deserialize_tokenizer(std::string_view serialized);
 // Trains SentencePiece BPE with byte fall-back on the given texts, loss-less (no normalisation, spaces kept).
 // Merges stay inside a word with the white space before it (see sentencepiece.cpp). The vocabulary counts
-// everything; it comes out smaller where the texts do not fill it. ConfigError below kSmallestVocabulary.
-inline constexpr int64_t kSmallestVocabulary = 288;
+// everything; it comes out smaller where the texts do not fill it. ConfigError beyond these.
+inline constexpr int64_t kSmallestVocabulary = 288, kLargestVocabulary = 1000000;
 std::unique_ptr<Tokenizer> train_sentencepiece(const std::vector<std::string_view>& texts,
                                                int64_t vocabulary);
 

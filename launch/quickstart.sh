@@ -71,7 +71,7 @@ fi
 
 stage "training on two ranks"
 if grep -qs '"state": "finished"' "$run/status.json"; then
-  echo "$run is finished"
+  echo "$run is finished${settings[*]:+; it keeps the settings it was trained with: name another log.run to train with these}"
 else
   mpirun -np 2 "$foretell" train $config --set data.path="$prepared" --set log.run="$run" "${settings[@]}" --resume auto
 fi

@@ -4,12 +4,14 @@
 set -euo pipefail
 
 # Headers only; they come as a wheel. With nvcc alone: without it nothing of the CUDA side is compiled.
+root=$(cd "$(dirname "$0")/.." && pwd)
+lacks_cudnn_frontend() {
+  if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then return 1; fi
+  [ ! -f "$root/.deps/cudnn_frontend/include/cudnn_frontend.h" ]
+}
 cudnn_frontend=1.32.0
 fetch_cudnn_frontend() {
-  local root wheels
-  root=$(cd "$(dirname "$0")/.." && pwd)
-  if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then return; fi
-  if [ -f "$root/.deps/cudnn_frontend/include/cudnn_frontend.h" ]; then return; fi
+  local wheels
   wheels=$(mktemp -d)
   if ! python3 -m pip download -q --no-deps --only-binary=:all: -d "$wheels" "nvidia-cudnn-frontend==$cudnn_frontend"; then
     rm -rf "$wheels"
@@ -29,7 +31,6 @@ EOF
   rm -rf "$wheels"
   echo "setup: cudnn-frontend $cudnn_frontend is in .deps"
 }
-fetch_cudnn_frontend
 
 # A tool that is on the PATH is taken as it is, wherever it came from: "command package".
 tools=(
@@ -69,7 +70,9 @@ for package in "${libraries[@]}"; do
   state=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null || true)
   [ "$state" = "install ok installed" ] || missing+=("$package")
 done
+if lacks_cudnn_frontend && ! python3 -m pip --version >/dev/null 2>&1; then missing+=(python3-pip); fi
 if [ ${#missing[@]} -eq 0 ]; then
+  if lacks_cudnn_frontend; then fetch_cudnn_frontend; fi
   echo "setup: everything is installed"
   exit 0
 fi
@@ -98,4 +101,5 @@ told() {
 echo "setup: installing ${missing[*]}"
 "${as_root[@]}" apt-get update -qq
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" | told
+if lacks_cudnn_frontend; then fetch_cudnn_frontend; fi
 echo "setup: done"

@@ -29,10 +29,11 @@ if ! nvidia-smi -L >/dev/null 2>&1; then architectures=(-DFORETELL_CUDA_ARCHITEC
 [ -f build-test/build.ninja ] || cmake --preset test "${architectures[@]}" >/dev/null
 cmake --build --preset test
 
-if [ -n "$(find kernels/cuda -name '*.cu' -print -quit)" ] && command -v nvcc >/dev/null; then
-  echo "the CUDA side was compiled with $(nvcc --version | grep -o 'release [0-9.]*')"
+nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[^=]*=//p' build-test/CMakeCache.txt)
+if [ -x "$nvcc" ]; then
+  echo "the CUDA side was compiled with $("$nvcc" --version | grep -o 'release [0-9.]*')"
 else
-  echo "no CUDA side in this build: nvcc is not on the PATH"
+  echo "no CUDA side in this build: there is no nvcc"
 fi
 if ! nvidia-smi -L >/dev/null 2>&1; then
   echo "no GPU here: GPU tests are skipped"

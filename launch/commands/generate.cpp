@@ -28,7 +28,7 @@ CommandLine command_line() {
       ("drafter", text()->default_value("none"), "none, medusa, medusa_tree, mtp or ngram")         //
       ("acceptance", text(), "greedy, rejection or typical; follows the temperature if not given")  //
       ("temperature", po::value<double>()->default_value(0), "0 takes the likeliest token")         //
-      ("seed", po::value<uint64_t>()->default_value(1), "seed of sampling")                         //
+      ("seed", po::value<int64_t>()->default_value(1), "seed of sampling")                          //
       ("set", repeatable(), "section.key=value, for [decode] and [train]; repeatable");
   return line;
 }
@@ -49,7 +49,9 @@ trainer::GenerateOptions options_of(const CommandLine& line, const po::variables
   options.max_tokens = value<int64_t>(values, "max-tokens");
   options.drafter = value<std::string>(values, "drafter");
   options.temperature = value<double>(values, "temperature");
-  options.seed = value<uint64_t>(values, "seed");
+  const int64_t seed = value<int64_t>(values, "seed");
+  if (seed < 0) line.wrong_use("--seed is negative");
+  options.seed = static_cast<uint64_t>(seed);
   options.acceptance = options.temperature > 0 ? "rejection" : "greedy";
   if (values.count("acceptance")) options.acceptance = value<std::string>(values, "acceptance");
   if (options.prompt.empty()) line.wrong_use("--prompt is empty");

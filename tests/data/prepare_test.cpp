@@ -255,7 +255,9 @@ TEST(Prepare, RefusesWithOneLineAndLeavesNothing) {
   params.inputs = {good};
   last_phase.clear();
   params.tokenizer = "sentencepiece:10";
-  refused("at least");
+  refused("between 288 and 1000000");
+  params.tokenizer = "sentencepiece:1000001";
+  refused("between 288 and 1000000");
   params.tokenizer = "sentencepiece:many";
   refused("expected sentencepiece:N");
   params.tokenizer = (scratch / "missing.model").string();

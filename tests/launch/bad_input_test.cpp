@@ -113,6 +113,15 @@ TEST(BadInput, OneRankAloneIsNamed) {
   expect_one_line(outcome, 2, "foretell: rank 1: ");
 }
 
+TEST(BadInput, NumbersOutOfRange) {
+  expect_one_line(foretell("generate /nowhere/run --prompt a --seed -1"), 2, "--seed is negative");
+  expect_one_line(foretell("generate /nowhere/run --prompt a --temperature 101"), 2,
+                  "--temperature must be between");
+  expect_one_line(
+      foretell("prepare --input /usr/include/fmt --output /nowhere --tokenizer sentencepiece:2000000"), 2,
+      "between 288 and 1000000");
+}
+
 TEST(BadInput, MissingPaths) {
   expect_one_line(foretell("inspect /nowhere/run"), 74, "/nowhere/run");
   expect_one_line(foretell("inspect /usr/include"), 74, "is not a run, a checkpoint");

@@ -103,6 +103,7 @@ TEST_F(Quickstart, KilledItGoesOnAndFinishedItSkips) {
   const auto written = fs::last_write_time(run_ / "report.html");
   const std::string third = run_to_the_end();
   EXPECT_NE(third.find(run_.string() + " is finished"), std::string::npos) << third;
+  EXPECT_NE(third.find("it keeps the settings it was trained with"), std::string::npos) << third;
   EXPECT_EQ(third.find("step 60/60"), std::string::npos) << third;
   EXPECT_EQ(fs::last_write_time(run_ / "report.html"), written);
 
