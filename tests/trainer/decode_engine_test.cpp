@@ -369,6 +369,30 @@ TEST_P(Speculation, SamplingIsKeyedBySequenceAndPosition) {
   }
 }
 
+// Drafts that come in another order than their drafter's best first.
+TEST(Decoder, CountsDraftsByTheirPlaces) {
+  const auto model = tiny_model({});
+  Decoder decoder({}, *model, 1, kCapacity);
+  const Prompts prompts = {random_tokens(7, 12)};
+  const std::vector<int32_t> text = joined(prompts[0], decoder.run(prompts, greedy(60)).sequences[0]);
+  ScriptedDrafter drafter([&](const SequenceView& view, int64_t, DraftTree& tree) {
+    if (view.max_depth < 2) return;
+    const auto right = [&](int64_t d) { return text[static_cast<size_t>(view.root_position() + d)]; };
+    tree.add(0, (right(1) + 1) % static_cast<int32_t>(kVocabulary), nullptr, 5);
+    const int first = tree.add(0, right(1), nullptr, 1);
+    tree.add(first, right(2), nullptr, 3);
+  });
+  const DecodeRun run = decoder.run(prompts, greedy(60), &drafter);
+  const auto expect = [](const std::vector<int64_t>& counts, const std::map<size_t, int64_t>& expected) {
+    for (size_t d = 0; d < counts.size(); ++d)
+      EXPECT_EQ(counts[d], expected.contains(d) ? expected.at(d) : 0) << d;
+  };
+  const int64_t steps = run.reached[1];
+  EXPECT_GT(steps, 15);
+  expect(run.drafted, {{1, steps}, {3, steps}, {5, steps}});
+  expect(run.accepted, {{1, steps}, {3, steps}});
+}
+
 // Typical acceptance with a threshold that nothing passes is greedy decoding; one that everything passes
 // accepts every draft.
 TEST(Decoder, TypicalAcceptanceBetweenItsExtremes) {
@@ -453,48 +477,6 @@ TEST(Drafters, NgramAgreesWithASearch) {
     found += got == expected;
   }
   EXPECT_GT(found, 380);
-}
-
-TEST(Costs, ChoosesByCostAndAcceptance) {
-  const std::vector<double> cheap = {1, 1.05, 1.1, 1.17, 1.33}, dear = {1, 2, 3, 4, 5};
-  AcceptanceEstimate estimate;
-  for (int d = 0; d < 4; ++d) {
-    estimate.reach.push_back(std::pow(0.7, d + 1));
-    estimate.drafted.push_back(1);
-  }
-  // S(3) = (1 + .7 + .49 + .343) / 1.17 = 2.165; S(4) = 2.7731 / 1.33 = 2.085.
-  const DraftChoice best = choose_drafts(cheap, estimate, {}, 4);
-  EXPECT_EQ(best.drafts, 3);
-  EXPECT_NEAR(best.predicted_speedup, 2.165, 1e-3);
-  EXPECT_NEAR(best.speedups[4], 2.085, 1e-3);
-  EXPECT_EQ(choose_drafts(dear, estimate, {}, 4).drafts, 1);
-  EXPECT_LT(choose_drafts(dear, estimate, {}, 4).predicted_speedup, 1);
-  EXPECT_EQ(choose_drafts(cheap, estimate, {0.1, 0.5}, 4).drafts, 1);
-  // Half of the steps have drafts: cost 1 + .5 (.05), tokens 1.35.
-  for (double& share : estimate.drafted) share = 0.5;
-  for (double& reach : estimate.reach) reach *= 0.5;
-  EXPECT_NEAR(choose_drafts(cheap, estimate, {}, 1).predicted_speedup, 1.35 / 1.025, 1e-9);
-}
-
-// What drafting and the rule take beside the rows of a step, plain ones included; one slow run counts for
-// nothing.
-TEST(Costs, PredictionsMeetWhatWasMeasured) {
-  const std::vector<double> rows = {1, 1.2, 1.4, 1.6, 1.8};
-  AcceptanceEstimate estimate;
-  for (int d = 0; d < 4; ++d) {
-    estimate.reach.push_back(std::pow(0.7, d + 1));
-    estimate.drafted.push_back(1);
-  }
-  const StepSeconds measured = {{1.5, 90, 1.4}, {2.1, 2.0, 70}, {80, 2.9, 3.0}};
-  const RestCost rest = rest_cost(rows, estimate, measured);
-  const DraftChoice choice = choose_drafts(rows, estimate, rest, 4);
-  EXPECT_NEAR(choice.speedups[1], 1.7 * 1.5 / 2.1, 1e-9);
-  EXPECT_NEAR(choice.speedups[2], 2.19 * 1.5 / (1.4 + 1.0), 1e-9) << "rest 0.9 with one draft, 1.2 with four";
-  EXPECT_NEAR(choice.speedups[4], 2.7731 * 1.5 / 3.0, 1e-9);
-  // Fewer rows than drafts were measured: the choice ends there.
-  EXPECT_EQ(choose_drafts({1, 1.2}, estimate, rest_cost({1, 1.2}, estimate, measured), 4).drafts, 1);
-  const RestCost none = rest_cost(rows, estimate, {{0.5}, {0.5}, {0.5}});
-  for (int64_t g = 0; g <= 4; ++g) EXPECT_EQ(none.of(g), 0) << "steps are never cheaper than their rows";
 }
 
 }  // namespace

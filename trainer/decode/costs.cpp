@@ -1,6 +1,8 @@
 #include "trainer/decode/costs.h"
 
 #include <algorithm>
+#include <iterator>
+#include <set>
 
 #include "trainer/decode/spread.h"
 
@@ -39,25 +41,32 @@ std::vector<double> rows_costs(const std::vector<double>& step_costs, const Acce
 
 }  // namespace
 
+double RestCost::of(int64_t drafts) const {
+  const auto above = measured.lower_bound(drafts);
+  if (above == measured.end()) return measured.empty() ? 0 : measured.rbegin()->second;
+  if (above->first == drafts || above == measured.begin()) return above->second;
+  const auto below = std::prev(above);
+  const double share =
+      static_cast<double>(drafts - below->first) / static_cast<double>(above->first - below->first);
+  return below->second + share * (above->second - below->second);
+}
+
 RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
                    const StepSeconds& measured) {
-  const int64_t most = static_cast<int64_t>(estimate.drafted.size());
-  const std::vector<double> rows = rows_costs(step_costs, estimate, most);
-  const auto beyond = [&](const std::vector<double>& seconds, int64_t drafts) {
-    const size_t at = std::min(static_cast<size_t>(drafts), rows.size() - 1);
-    return std::max(0.0, spread_of(seconds).median - rows[at]);
-  };
+  const std::vector<double> rows =
+      rows_costs(step_costs, estimate, static_cast<int64_t>(estimate.drafted.size()));
   RestCost rest;
-  rest.plain = beyond(measured.plain, 0);
-  rest.first = beyond(measured.one, 1);
-  if (most > 1) rest.next = (beyond(measured.full, most) - rest.first) / static_cast<double>(most - 1);
+  for (const auto& [drafts, seconds] : measured) {
+    const size_t at = std::min(static_cast<size_t>(drafts), rows.size() - 1);
+    rest.measured[drafts] = std::max(0.0, spread_of(seconds).median - rows[at]);
+  }
   return rest;
 }
 
 DraftChoice choose_drafts(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
                           const RestCost& rest, int64_t max_drafts) {
   const std::vector<double> rows = rows_costs(step_costs, estimate, max_drafts);
-  const double plain = rows[0] + rest.plain;
+  const double plain = rows[0] + rest.of(0);
   DraftChoice choice;
   choice.speedups.push_back(1);
   double tokens = 1;
@@ -79,29 +88,18 @@ void add_step_seconds(const DecodeRun& run, std::vector<double>& seconds) {
   if (run.steps > 0) seconds.push_back(run.seconds() / static_cast<double>(run.steps));
 }
 
-AcceptanceEstimate estimate_acceptance(const DecodeRun& full, const std::vector<double>& node_values,
-                                       int64_t most) {
-  const double steps = static_cast<double>(std::max<int64_t>(full.steps, 1));
+}  // namespace
+
+AcceptanceEstimate estimate_acceptance(const DecodeRun& run, int64_t most) {
+  const double steps = static_cast<double>(std::max<int64_t>(run.steps, 1));
   AcceptanceEstimate estimate;
-  if (node_values.empty()) {
-    for (int64_t d = 0; d < most; ++d) {
-      estimate.reach.push_back(static_cast<double>(full.reached[d]) / steps);
-      estimate.drafted.push_back(static_cast<double>(full.drafted[d]) / steps);
-    }
-    return estimate;
+  for (int64_t d = 0; d < most; ++d) {
+    estimate.reach.push_back(static_cast<double>(run.accepted[d]) / steps);
+    estimate.drafted.push_back(static_cast<double>(run.drafted[d]) / steps);
   }
-  // The tree's own estimates take levels as independent: scaled to what the whole tree gained.
-  double total = 0;
-  for (const double value : node_values) total += value;
-  const double gained = static_cast<double>(full.tokens) / steps - 1;
-  for (const double value : node_values) estimate.reach.push_back(total > 0 ? value * gained / total : 0);
-  estimate.drafted.assign(node_values.size(), static_cast<double>(full.drafted[0]) / steps);
   return estimate;
 }
 
-}  // namespace
-
-// Each prompt is decoded in all three ways before the next: a slow moment of the machine meets all of them.
 DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<double>& step_costs,
                          const std::vector<std::vector<int32_t>>& prompts, const DecodeSettings& settings) {
   const int64_t most = drafter.max_drafts();
@@ -109,20 +107,27 @@ DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<d
   if (plain.acceptance == Acceptance::typical) plain.acceptance = Acceptance::rejection;
   StepSeconds measured;
   DecodeRun full;
-  for (size_t p = 0; p < prompts.size(); ++p) {
-    const std::span<const std::vector<int32_t>> prompt(&prompts[p], 1);
-    drafted.seed = plain.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
-    add_step_seconds(decoder.run(prompt, plain), measured.plain);
-    drafter.set_drafts(1);
-    add_step_seconds(decoder.run(prompt, drafted, &drafter), measured.one);
-    drafter.set_drafts(most);
-    const DecodeRun run = decoder.run(prompt, drafted, &drafter);
-    add_step_seconds(run, measured.full);
-    full.add(run);
+  // Each prompt is decoded in all ways before the next: a slow moment of the machine meets all of them.
+  const auto measure = [&](const std::set<int64_t>& counts) {
+    for (size_t p = 0; p < prompts.size(); ++p)
+      for (const int64_t drafts : counts) {
+        const std::span<const std::vector<int32_t>> prompt(&prompts[p], 1);
+        drafted.seed = plain.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
+        drafter.set_drafts(drafts);
+        const DecodeRun run =
+            drafts > 0 ? decoder.run(prompt, drafted, &drafter) : decoder.run(prompt, plain);
+        add_step_seconds(run, measured[drafts]);
+        if (drafts == most) full.add(run);
+      }
+  };
+  measure({0, 1, most});
+  const AcceptanceEstimate estimate = estimate_acceptance(full, most);
+  DraftChoice choice;
+  while (true) {
+    choice = choose_drafts(step_costs, estimate, rest_cost(step_costs, estimate, measured), most);
+    if (measured.contains(choice.drafts)) break;
+    measure({choice.drafts});
   }
-  const AcceptanceEstimate estimate = estimate_acceptance(full, drafter.node_values(), most);
-  const DraftChoice choice =
-      choose_drafts(step_costs, estimate, rest_cost(step_costs, estimate, measured), most);
   drafter.set_drafts(choice.drafts);
   return choice;
 }

@@ -1,15 +1,16 @@
 #pragma once
-// How many drafts are worth their cost. With reach[d] the probability that a step accepts at least d + 1
-// drafts and drafted[d] that it has at least d + 1, a limit of g drafts gives
+// How many drafts are worth their cost. With reach[d] the probability that a step accepts draft d (of a
+// chain: at least d + 1 drafts; of a tree: the draft at place d, best first) and drafted[d] that it has that
+// draft, a limit of g drafts gives
 //   tokens per step  E(g) = 1 + sum of reach[d], d < g
 //   rows             R(g) = T(1) + sum over d < g of drafted[d] (T(d + 2) - T(d + 1))
 //   cost of a step   C(g) = R(g) + rest(g), C(0) that of a plain step
 //   speedup          S(g) = E(g) C(0) / C(g)
 // T(n): seconds of a step of n rows, measured on this machine for this model, drafts and rule apart. rest(g):
-// what real steps took beyond that. For a tree, d counts its drafts, best first, and reach[d] is the
-// probability that draft d is accepted. Every time is a median, so that a slow moment of the machine counts
+// what real steps took beyond that. Every time is a median, so that a slow moment of the machine counts
 // for none of them.
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "trainer/decode/decoder.h"
@@ -20,26 +21,23 @@ namespace trainer {
 std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const DecodeSettings& settings);
 
 // rest(g), in seconds: drafting, and what the acceptance rule asks of the host (copies of probabilities and
-// logits, draws, the guard against loops). `first` with one draft, `next` more with each further one, `plain`
-// without any.
+// logits, draws, the guard against loops). By number of drafts where it was measured; in between a straight
+// line, beyond the last of them as there, and 0 where nothing was.
 struct RestCost {
-  double first = 0, next = 0, plain = 0;
-  double of(int64_t drafts) const {
-    return drafts > 0 ? first + next * static_cast<double>(drafts - 1) : plain;
-  }
+  std::map<int64_t, double> measured;
+  double of(int64_t drafts) const;
 };
 
 struct AcceptanceEstimate {
   std::vector<double> reach, drafted;
 };
+// From the steps of a run with `most` drafts.
+AcceptanceEstimate estimate_acceptance(const DecodeRun& run, int64_t most);
 
-// Seconds per step of real runs, one of each tuning prompt: without drafts, with one, with all that the
-// estimate has.
-struct StepSeconds {
-  std::vector<double> plain, one, full;
-};
-// The rest with which C(g) is the median of what was measured for no draft, one and all, and a straight line
-// between these. Never negative: where steps took less than their rows alone, it is 0.
+// Seconds per step of real runs, one of each tuning prompt, by number of drafts.
+using StepSeconds = std::map<int64_t, std::vector<double>>;
+// The rest with which C(g) is the median of what was measured. Never negative: where steps took less than
+// their rows alone, it is 0.
 RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
                    const StepSeconds& measured);
 
@@ -52,7 +50,9 @@ DraftChoice choose_drafts(const std::vector<double>& step_costs, const Acceptanc
                           const RestCost& rest, int64_t max_drafts);
 
 // Measures a drafter on prompts: acceptance at its most drafts, and what steps take with most of them, with
-// one and in the plain decoding it is compared with. Then sets the number of drafts that choose_drafts finds.
+// one and in the plain decoding it is compared with; then with the number that choose_drafts finds, until it
+// finds one that was measured. A tree's next level, say, may cost more than a straight line tells. Sets that
+// number.
 DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<double>& step_costs,
                          const std::vector<std::vector<int32_t>>& prompts, const DecodeSettings& settings);
 

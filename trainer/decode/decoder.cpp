@@ -48,6 +48,7 @@ void DecodeRun::add(const DecodeRun& run) {
   add_counts(proposed, run.proposed);
   add_counts(reached, run.reached);
   add_counts(drafted, run.drafted);
+  add_counts(accepted, run.accepted);
 }
 
 Decoder::Decoder(const Context& ctx, const Model& model, int64_t batch, int64_t capacity)
@@ -302,7 +303,8 @@ void Decoder::count(int64_t b, DecodeRun& run) const {
     below = below || tree.parent(node) == path.back();
   for (int64_t d = 0; d < reached; ++d) ++run.reached[d];
   for (int64_t d = 0; d < reached + (below ? 1 : 0); ++d) ++run.proposed[d];
-  for (int64_t d = 0; d < tree.max_depth(); ++d) ++run.drafted[d];
+  for (int node = 1; node < tree.size(); ++node) ++run.drafted[tree.place(node)];
+  for (size_t i = 1; i < path.size(); ++i) ++run.accepted[tree.place(path[i])];
   ++run.sequence_steps;
 }
 
@@ -337,7 +339,8 @@ DecodeRun Decoder::run(std::span<const std::vector<int32_t>> prompts, const Deco
                        Drafter* drafter, const OnTokens& on_tokens) {
   DecodeRun run;
   run.sequences.resize(prompts.size());
-  for (auto* counts : {&run.proposed, &run.reached, &run.drafted}) counts->resize(kMaxDecodeRows);
+  for (auto* counts : {&run.proposed, &run.reached, &run.drafted, &run.accepted})
+    counts->resize(kMaxDecodeRows);
   for (DecodedSequence& sequence : run.sequences) {
     sequence.tokens.reserve(settings.max_tokens);
     sequence.gained.reserve(settings.max_tokens);

@@ -43,8 +43,8 @@ struct DecodeRun {
   double prefill_seconds = 0;  // to the first token
   std::vector<int64_t>
       proposed;  // [d]: steps with a draft at depth d + 1 below an accepted draft (or the root)
-  std::vector<int64_t> reached;  // [d]: steps that accepted at least d + 1 drafts
-  std::vector<int64_t> drafted;  // [d]: steps with at least d + 1 drafts
+  std::vector<int64_t> reached;            // [d]: steps that accepted at least d + 1 drafts
+  std::vector<int64_t> drafted, accepted;  // [d]: steps with the draft at place d (tree.h), that accepted it
   double seconds() const { return times.total(); }
   // Adds counts and times of another run.
   void add(const DecodeRun& run);

@@ -12,6 +12,7 @@ DraftTree::DraftTree() {
   tokens_.reserve(kernels::kMaxDecodeRows);
   parents_.reserve(kernels::kMaxDecodeRows);
   depths_.reserve(kernels::kMaxDecodeRows);
+  places_.reserve(kernels::kMaxDecodeRows);
   ancestors_.reserve(kernels::kMaxDecodeRows);
   q_.reserve(kernels::kMaxDecodeRows);
 }
@@ -20,17 +21,19 @@ void DraftTree::clear(int32_t root) {
   tokens_.assign(1, root);
   parents_.assign(1, -1);
   depths_.assign(1, 0);
+  places_.assign(1, -1);
   ancestors_.assign(1, 1);
   q_.assign(1, nullptr);
 }
 
-int DraftTree::add(int parent, int32_t token, const float* q) {
+int DraftTree::add(int parent, int32_t token, const float* q, int place) {
   const int node = size();
   if (node >= kernels::kMaxDecodeRows || parent < 0 || parent >= node)
     throw kernels::ShapeError("draft tree: more than 64 nodes, or a parent that does not come first");
   tokens_.push_back(token);
   parents_.push_back(parent);
   depths_.push_back(depths_[parent] + 1);
+  places_.push_back(place < 0 ? node - 1 : place);
   ancestors_.push_back(ancestors_[parent] | (uint64_t{1} << node));
   q_.push_back(q);
   return node;

@@ -15,21 +15,23 @@ class DraftTree {
   void clear(int32_t root);
   // Adds a draft below `parent` and returns its number. `q` is the distribution (V) the token was drawn from,
   // or null when the draft is deterministic. Siblings are tried in order of their numbers; siblings with a q
-  // are drawn from it without replacement, in that order.
-  int add(int parent, int32_t token, const float* q = nullptr);
+  // are drawn from it without replacement, in that order. `place`: where it stands among all drafts that its
+  // drafter might add, best first, from 0; its number less the root's where none is given.
+  int add(int parent, int32_t token, const float* q = nullptr, int place = -1);
 
   int size() const { return static_cast<int>(tokens_.size()); }
   int drafts() const { return size() - 1; }
   int32_t token(int node) const { return tokens_[node]; }
   int parent(int node) const { return parents_[node]; }
   int depth(int node) const { return depths_[node]; }
+  int place(int node) const { return places_[node]; }
   const float* q(int node) const { return q_[node]; }
   // Bit j: node j is an ancestor of the node, or the node itself.
   uint64_t ancestors(int node) const { return ancestors_[node]; }
   int max_depth() const;
 
  private:
-  std::vector<int32_t> tokens_, parents_, depths_;
+  std::vector<int32_t> tokens_, parents_, depths_, places_;
   std::vector<uint64_t> ancestors_;
   std::vector<const float*> q_;
 };

@@ -227,7 +227,7 @@ void MedusaDrafter::grow(const Pass& pass, int64_t sequence, bool sampled, Draft
     drafted = kLeftOut;
     if (parent < 0 || row < 0) continue;
     const int32_t token = candidates_[row * width_ + shape_.ranks[i]];
-    if (token >= 0) drafted = tree.add(parent, token, sampled ? q_rows_[row] : nullptr);
+    if (token >= 0) drafted = tree.add(parent, token, sampled ? q_rows_[row] : nullptr, i);
   }
 }
 
