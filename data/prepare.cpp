@@ -162,14 +162,24 @@ bool weighted(const std::vector<Document>& documents) {
   return std::any_of(documents.begin(), documents.end(), [](const Document& d) { return d.weighted; });
 }
 
+// Whether a file has a name that SplitWriter gives.
+bool is_shard_name(std::string_view name) {
+  constexpr std::string_view kEnd = ".h5";
+  for (const std::string_view split : {"train_", "validation_"}) {
+    if (!name.starts_with(split) || !name.ends_with(kEnd)) continue;
+    const std::string_view number = name.substr(split.size(), name.size() - split.size() - kEnd.size());
+    return number.size() >= 3 && number.find_first_not_of("0123456789") == std::string_view::npos;
+  }
+  return false;
+}
+
 // Whether a folder holds prepared data, and nothing that would be lost with it.
 bool replaceable(const std::filesystem::path& folder) {
   if (!std::filesystem::exists(folder / kDescriptionFile)) return false;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    const bool shard =
-        (name.starts_with("train_") || name.starts_with("validation_")) && name.ends_with(".h5");
-    if (!shard && name != kDescriptionFile && name != kTokenizerFile)
+    const bool written = is_shard_name(name) || name == kDescriptionFile || name == kTokenizerFile;
+    if (!written || !entry.is_regular_file())
       throw DataError(
           fmt::format("{}: is no prepared data and would be lost with its folder; move it, or "
                       "choose another folder",

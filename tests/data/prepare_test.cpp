@@ -290,10 +290,15 @@ TEST(Prepare, ReplacesOnlyPreparedFoldersWhenAsked) {
   prepare(params, {});
   EXPECT_EQ(texts(scratch, "train").begin()->second.substr(0, 18), sample_text(2, 9).substr(0, 18));
   EXPECT_EQ(scratch.names(), (std::vector<std::string>{"good.txt", "out"}));
-  scratch.write("out/metrics.jsonl", "mine");
-  EXPECT_NE(message_of<DataError>([&] { prepare(params, {}); }).find("metrics.jsonl: is no prepared data"),
-            std::string::npos);
-  EXPECT_EQ(read_file(scratch / "out/metrics.jsonl"), "mine");
+  for (const char* foreign : {"metrics.jsonl", "train_images.h5", "train_1.h5", "train_.h5",
+                              "train_000.h5.bak", "old_train_000.h5", "train_001.h5/notes"}) {
+    const std::string file = scratch.write(std::string("out/") + foreign, "mine");
+    const std::string entry = file.substr(0, file.find("/notes"));
+    EXPECT_EQ(message_of<DataError>([&] { prepare(params, {}); }).find(entry + ": is no prepared data"), 0u)
+        << foreign;
+    EXPECT_EQ(read_file(file), "mine");
+    std::filesystem::remove_all(entry);
+  }
 }
 
 // Where two names cannot be exchanged there is a moment without either.
