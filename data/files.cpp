@@ -212,15 +212,11 @@ void check_free_space(const fs::path& folder, int64_t bytes) {
 }
 
 NewFolder::NewFolder(const fs::path& target, const std::function<bool(const fs::path&)>& replaceable)
-    : target_(fs::absolute(target).lexically_normal()) {
+    : target_(fs::absolute(target).lexically_normal()), replaceable_(replaceable) {
   if (target_.filename().empty()) target_ = target_.parent_path();
   std::error_code error;
   remove_left_overs(target_);
-  if (fs::exists(fs::symlink_status(target_)) &&
-      !(fs::is_directory(target_) && fs::is_empty(target_, error)) && !replaceable(target_))
-    throw DataError(fmt::format(
-        "{}: exists already; choose another folder (--overwrite replaces prepared data, nothing else)",
-        target.string()));
+  check_target();
   const fs::path parent = target_.parent_path();
   fs::create_directories(parent, error);
   if (error) fail(parent, "create", error.value());
@@ -234,8 +230,18 @@ NewFolder::~NewFolder() {
   if (!committed_) fs::remove_all(temporary_, error);
 }
 
+void NewFolder::check_target() const {
+  std::error_code error;
+  if (fs::exists(fs::symlink_status(target_)) &&
+      !(fs::is_directory(target_) && fs::is_empty(target_, error)) && !replaceable_(target_))
+    throw DataError(fmt::format(
+        "{}: exists already; choose another folder (--overwrite replaces prepared data, nothing else)",
+        target_.string()));
+}
+
 void NewFolder::commit() {
   sync_folder(temporary_);
+  check_target();  // much may have come there while this folder was filled
   if (fs::exists(target_))
     exchange(temporary_, target_);
   else if (::rename(temporary_.c_str(), target_.c_str()) != 0)

@@ -10,7 +10,8 @@
 namespace data {
 
 // Files behind paths, folders (recursive, without hidden entries) and globs, each list sorted, every file
-// once; and folders that cannot be read, as read_file() will say. A path that does not exist or a glob without a match is a DataError.
+// once; and folders that cannot be read, as read_file() will say. A path that does not exist or a glob
+// without a match is a DataError.
 std::vector<std::filesystem::path> expand_inputs(const std::vector<std::string>& inputs);
 
 // The whole content of a regular file.
@@ -30,7 +31,8 @@ void check_free_space(const std::filesystem::path& folder, int64_t bytes);
 // renamed by commit(). Without commit() nothing is left behind. What an interrupted program left is removed.
 class NewFolder {
  public:
-  // DataError if `target` exists and holds something, unless `replaceable` says that it may be replaced.
+  // DataError, here and in commit(), if `target` exists and holds something, unless `replaceable` says that
+  // it may be replaced.
   NewFolder(const std::filesystem::path& target,
             const std::function<bool(const std::filesystem::path&)>& replaceable);
   ~NewFolder();
@@ -40,7 +42,9 @@ class NewFolder {
   void commit();
 
  private:
+  void check_target() const;
   std::filesystem::path target_, temporary_;
+  std::function<bool(const std::filesystem::path&)> replaceable_;
   bool committed_ = false;
 };
 

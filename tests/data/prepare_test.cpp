@@ -301,6 +301,25 @@ TEST(Prepare, ReplacesOnlyPreparedFoldersWhenAsked) {
   }
 }
 
+// What comes to the folder's name while the texts are read.
+TEST(Prepare, ReplacesNothingThatCameMeanwhile) {
+  const Scratch scratch;
+  auto params = bytes_params(scratch, {scratch.write("good.txt", sample_text(1, 5))});
+  const auto meanwhile = [&](const std::string& phase, double fraction) {
+    if (phase == "write" && fraction == 0) scratch.write("out/metrics.jsonl", "mine");
+  };
+  EXPECT_NE(message_of<DataError>([&] { prepare(params, meanwhile); }).find("exists already"),
+            std::string::npos);
+  EXPECT_EQ(read_file(scratch / "out/metrics.jsonl"), "mine");
+  std::filesystem::remove_all(scratch / "out");
+  prepare(params, {});
+  params.overwrite = true;
+  EXPECT_NE(message_of<DataError>([&] { prepare(params, meanwhile); }).find("metrics.jsonl: is no prepared"),
+            std::string::npos);
+  EXPECT_EQ(read_file(scratch / "out/metrics.jsonl"), "mine");
+  EXPECT_EQ(scratch.names(), (std::vector<std::string>{"good.txt", "out"}));
+}
+
 // Where two names cannot be exchanged there is a moment without either.
 TEST(Prepare, TakesBackWhatAnEndedOneHadMovedAway) {
   const Scratch scratch;
