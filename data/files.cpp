@@ -105,7 +105,9 @@ void remove_left_overs(const fs::path& target) {
     const std::string name = entry.path().filename().string();
     if (!name.starts_with(prefix)) continue;
     const long pid = std::strtol(name.c_str() + prefix.size(), nullptr, 10);
-    if (pid <= 0 || ::kill(static_cast<pid_t>(pid), 0) == 0 || errno != ESRCH) continue;
+    if (pid <= 0) continue;
+    // This program has made nothing yet: its number was another's, as containers give the same ones again.
+    if (pid != ::getpid() && (::kill(static_cast<pid_t>(pid), 0) == 0 || errno != ESRCH)) continue;
     if (name.ends_with(kOldSuffix) && !fs::exists(fs::symlink_status(target)))
       fs::rename(entry.path(), target, error);
     else
