@@ -153,6 +153,8 @@ std::string read_file(const fs::path& path) {
   Descriptor fd(path, O_RDONLY | O_NONBLOCK, "open");
   struct stat status {};
   if (::fstat(fd.get(), &status) != 0) fail(path, "read", errno);
+  // A folder may be listed without the right to open what is in it.
+  if (S_ISDIR(status.st_mode)) fail(path, "open", ::access(path.c_str(), X_OK) != 0 ? errno : EISDIR);
   if (!S_ISREG(status.st_mode)) throw DataError(fmt::format("{}: not a regular file", path.string()));
   std::string content(static_cast<size_t>(status.st_size), '\0');
   size_t done = 0;

@@ -298,14 +298,17 @@ TEST_F(Job, FilesThatMayNotBeRead) {
   const fs::path closed = folder_.path() / "texts" / "closed";
   write_text(closed / "b.txt", "not to be read");
   write_text(folder_.path() / "texts" / "a.txt", "a longer text\nto be read\n");
-  forbid(closed);
-  const Outcome rest = foretell_with_permissions("prepare --tokenizer bytes --input " +
-                                                 closed.parent_path().string() + " --output " + out);
-  EXPECT_EQ(rest.exit_code, 0) << rest.errors;
-  EXPECT_NE(rest.output.find(closed.string() + ": cannot open: Permission denied"), std::string::npos)
-      << rest.output;
-  fs::permissions(closed, fs::perms::owner_all);
-  fs::remove_all(out);
+  for (const fs::perms perms : {fs::perms::none, fs::perms::owner_read, fs::perms::owner_exec}) {
+    fs::permissions(closed, perms);
+    const Outcome rest = foretell_with_permissions("prepare --tokenizer bytes --input " +
+                                                   closed.parent_path().string() + " --output " + out);
+    EXPECT_EQ(rest.exit_code, 0) << rest.errors;
+    EXPECT_NE(rest.output.find(closed.string() + ": cannot open: Permission denied; check its permissions"),
+              std::string::npos)
+        << rest.output;
+    fs::permissions(closed, fs::perms::owner_all);
+    fs::remove_all(out);
+  }
   const fs::path locked = folder_.path() / "locked";
   fs::create_directory(locked);
   for (const fs::perms perms : {fs::perms::none, fs::perms::owner_read | fs::perms::owner_exec}) {
