@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <tuple>
@@ -106,12 +107,16 @@ void SafetensorsReader::add(const std::string& name, const std::string& dtype,
   if (dims.empty() || dims.size() > kernels::Shape::kMaxRank)
     bad(file_, fmt::format("tensor '{}' has {} dimensions", name, dims.size()));
   const DType type = dtype_named(file_, name, dtype);
+  // Sizes beside a 0 take no place in the file, but have to multiply to a number.
+  const bool empty = std::find(dims.begin(), dims.end(), 0u) != dims.end();
+  const uint64_t most = empty ? std::numeric_limits<int64_t>::max() : file_bytes;
   uint64_t bytes = kernels::size_of(type);
   for (const uint64_t dim : dims) {
-    if (dim > file_bytes / std::max<uint64_t>(bytes, 1))
-      bad(file_, fmt::format("tensor '{}' is larger than the file", name));
-    bytes *= dim;
+    if (dim > most / bytes)
+      bad(file_, fmt::format("tensor '{}' is {}", name, empty ? "too large" : "larger than the file"));
+    bytes *= std::max<uint64_t>(dim, 1);
   }
+  if (empty) bytes = 0;
   if (offsets.size() != 2 || offsets[1] < offsets[0] || offsets[1] - offsets[0] != bytes ||
       offsets[1] > file_bytes - data)
     bad(file_, fmt::format("tensor '{}' lies outside of the file", name));

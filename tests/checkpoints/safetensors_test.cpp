@@ -84,6 +84,16 @@ TEST_F(Safetensors, RefusesTensorsThatDoNotFillTheFile) {
       {a + "," + b, "accepted"},
       {b + "," + a, "accepted"},  // in any order
       {a + "," + b + "," + tensor("none", "0,3", "8,8"), "accepted"},
+      // Sizes that the file could not hold, but for the 0.
+      {a + "," + b + "," + tensor("none", "1000000,0", "12,12"), "accepted"},
+      {a + "," + b + "," + tensor("none", "0,1000000", "12,12"), "accepted"},
+      {a + "," + b + "," + tensor("none", "0,3", "8,12"), "tensor 'none' lies outside of the file"},
+      {a + "," + b + "," + tensor("none", "0", "13,13"), "tensor 'none' lies outside of the file"},
+      {a + "," + b + "," + tensor("none", "9223372036854775808,0", "8,8"), "tensor 'none' is too large"},
+      {a + "," + b + "," + tensor("none", "4294967296,4294967296,0", "8,8"), "tensor 'none' is too large"},
+      {a + "," + tensor("b", "18446744073709551616", "8,12"), "tensor 'b' has 1.8446744073709552e+19 in its"},
+      {a + "," + tensor("b", "2", "8,16"), "tensor 'b' lies outside of the file"},
+      {a + "," + tensor("b", "1", "4294967304,4294967308"), "tensor 'b' lies outside of the file"},
       {a + "," + tensor("b", "1", "4,8"), "tensor 'b' overlaps another"},
       {b, "tensor 'b' has a gap ahead of it"},
       {a, "4 bytes belong to no tensor"},
