@@ -33,7 +33,7 @@ CommandLine command_line() {
       ("text-key", text()->default_value("text"),
        "key of the text in JSON lines; prompt+completion joins two, and the first is not learned")     //
       ("max-bytes", po::value<int64_t>()->default_value(0), "stop after this much text; 0 takes all")  //
-      ("overwrite", "replace DIR if it is there");
+      ("overwrite", "replace the prepared data in DIR");
   return line;
 }
 
