@@ -58,7 +58,7 @@ RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstima
   RestCost rest;
   for (const auto& [drafts, seconds] : measured) {
     const size_t at = std::min(static_cast<size_t>(drafts), rows.size() - 1);
-    rest.measured[drafts] = std::max(0.0, spread_of(seconds).median - rows[at]);
+    rest.measured[drafts] = spread_of(seconds).median - rows[at];
   }
   return rest;
 }

@@ -22,7 +22,8 @@ std::vector<double> measure_step_costs(Decoder& decoder, int64_t max_rows, const
 
 // rest(g), in seconds: drafting, and what the acceptance rule asks of the host (copies of probabilities and
 // logits, draws, the guard against loops). By number of drafts where it was measured; in between a straight
-// line, beyond the last of them as there, and 0 where nothing was.
+// line, beyond the last of them as there, and 0 where nothing was. Negative where T(n) met a slower moment of
+// the machine: what is compared are real steps, side by side.
 struct RestCost {
   std::map<int64_t, double> measured;
   double of(int64_t drafts) const;
@@ -36,8 +37,7 @@ AcceptanceEstimate estimate_acceptance(const DecodeRun& run, int64_t most);
 
 // Seconds per step of real runs, one of each tuning prompt, by number of drafts.
 using StepSeconds = std::map<int64_t, std::vector<double>>;
-// The rest with which C(g) is the median of what was measured. Never negative: where steps took less than
-// their rows alone, it is 0.
+// The rest with which C(g) is the median of what was measured.
 RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
                    const StepSeconds& measured);
 
