@@ -31,7 +31,8 @@ struct CheckpointError : Error {
 
 // What to do about a failed system call, to end a line with; empty where its reason says it.
 inline const char* remedy_of(int error) {
-  if (error == ENOSPC || error == EDQUOT || error == EFBIG) return "; free some space or choose another place";
+  if (error == ENOSPC || error == EDQUOT || error == EFBIG)
+    return "; free some space or choose another place";
   return error == EACCES || error == EPERM || error == EROFS ? "; check its permissions" : "";
 }
 
