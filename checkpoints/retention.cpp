@@ -25,13 +25,15 @@ void set_aside(const Path& path) {
   rename_over(path, target);
 }
 
-// Empty where it is good. A SystemFailure is not about the checkpoint.
+// Empty where it is good.
 std::string why_bad(const Path& checkpoint) {
   try {
     Reader reader(checkpoint);
     return "";
-  } catch (const SystemFailure&) {
-    throw;
+  } catch (const SystemFailure& error) {
+    throw SystemFailure(
+        fmt::format("{}; {} may be good: make it readable, or move it away to go on from an older one",
+                    error.what(), checkpoint.string()));
   } catch (const CheckpointError& error) {
     return error.what();
   }

@@ -333,7 +333,8 @@ TEST_F(Job, FilesThatMayNotBeRead) {
   forbid(manifest);
   for (const std::string& command : {train("--resume auto"), "generate --prompt a " + run().string()})
     expect_one_line(foretell_with_permissions(command), 74,
-                    manifest.string() + ": Permission denied; check its permissions");
+                    manifest.string() + ": Permission denied; check its permissions; " + newest.string() +
+                        " may be good: make it readable, or move it away");
   EXPECT_TRUE(fs::exists(newest));
   forbid(run() / "checkpoints");
   expect_one_line(foretell_with_permissions("generate --prompt a " + run().string()), 74,
