@@ -9,6 +9,7 @@
 
 #include "kernels/core/error.h"
 #include "kernels/core/philox.h"
+#include "kernels/core/row_math.h"
 #include "tests/trainer/decode_statistics.h"
 #include "trainer/decode/tree.h"
 #include "trainer/decode/verifier.h"
@@ -18,6 +19,10 @@ namespace {
 
 using decode_test::chi_square_tail;
 using Distribution = std::vector<float>;
+
+int32_t draw(const float* weights, int64_t count, float u) {
+  return static_cast<int32_t>(kernels::row_draw(weights, count, u));
+}
 
 // Probability of counts at least this far from the expected ones, if they were drawn from them.
 double p_value(const std::map<std::vector<int32_t>, double>& expected,
@@ -66,7 +71,7 @@ double run_pairs(const Grow& grow, const Verify& verify) {
     for (size_t n = 1; n < accepted.nodes.size(); ++n) outcome.push_back(tree.token(accepted.nodes[n]));
     outcome.push_back(accepted.next);
     if (outcome.size() < 2)
-      outcome.push_back(draw_index(kTarget[outcome[0]].data(), kVocabulary, key.next(kRoot * 7 + 2)));
+      outcome.push_back(draw(kTarget[outcome[0]].data(), kVocabulary, key.next(kRoot * 7 + 2)));
     outcome.resize(2);
     ++counts[outcome];
   }
@@ -87,7 +92,7 @@ std::vector<int32_t> draw_siblings(const Distribution& q, int count, const Sampl
   Distribution left = q;
   std::vector<int32_t> tokens;
   for (int rank = 0; rank < count; ++rank) {
-    tokens.push_back(draw_index(left.data(), kVocabulary, draw_key(key, depth, rank)));
+    tokens.push_back(draw(left.data(), kVocabulary, draw_key(key, depth, rank)));
     left[tokens.back()] = 0;
   }
   return tokens;
@@ -134,7 +139,7 @@ TEST(Verifier, WrongRulesFailTheSameTest) {
                                AcceptedPath& accepted) {
     accepted.nodes.resize(tree.size());
     for (int i = 0; i < tree.size(); ++i) accepted.nodes[i] = i;
-    accepted.next = draw_index(p + (tree.size() - 1) * kVocabulary, kVocabulary, key.next(kRoot * 7 + 3));
+    accepted.next = draw(p + (tree.size() - 1) * kVocabulary, kVocabulary, key.next(kRoot * 7 + 3));
   };
   EXPECT_LT(run_pairs(grow_drawn_chain, accept_all), kThreshold);
 
@@ -148,14 +153,14 @@ TEST(Verifier, WrongRulesFailTheSameTest) {
       const int32_t x = tree.token(child);
       if (key.accept(kRoot * 7 + 1, sibling++) * kDraft1[x] < left[x]) {
         accepted.nodes.push_back(child);
-        accepted.next = draw_index(kTarget[x].data(), kVocabulary, key.next(kRoot * 7 + 2));
+        accepted.next = draw(kTarget[x].data(), kVocabulary, key.next(kRoot * 7 + 2));
         return;
       }
       float total = 0;
       for (int i = 0; i < kVocabulary; ++i) total += left[i] = std::max(left[i] - kDraft1[i], 0.0f);
       for (float& value : left) value /= total;
     }
-    accepted.next = draw_index(left.data(), kVocabulary, key.next(kRoot * 7 + 1));
+    accepted.next = draw(left.data(), kVocabulary, key.next(kRoot * 7 + 1));
   };
   EXPECT_LT(run_pairs(grow_drawn_tree, no_correction), kThreshold);
 }

@@ -1,6 +1,10 @@
 #include "trainer/decode/repetition.h"
 
 #include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "kernels/core/row_math.h"
 
 namespace trainer {
 
@@ -14,16 +18,16 @@ bool repeats_run(std::span<const int32_t> tokens, int32_t next, int64_t length) 
 
 int32_t without_repeats(std::span<const int32_t> tokens, std::span<const float> logits, int32_t choice,
                         int64_t length) {
-  std::vector<bool> refused;
+  constexpr float kRefused = -std::numeric_limits<float>::infinity();
+  std::vector<float> left;
   int32_t best = choice;
-  while (best >= 0 && repeats_run(tokens, best, length)) {
-    refused.resize(logits.size());
-    refused[best] = true;
-    best = -1;
-    for (int32_t i = 0; i < static_cast<int32_t>(logits.size()); ++i)
-      if (!refused[i] && (best < 0 || logits[i] > logits[best])) best = i;
+  while (repeats_run(tokens, best, length)) {
+    if (left.empty()) left.assign(logits.begin(), logits.end());
+    left[best] = kRefused;
+    best = static_cast<int32_t>(kernels::row_argmax(left.data(), static_cast<int64_t>(left.size())));
+    if (left[best] == kRefused) return choice;
   }
-  return best < 0 ? choice : best;
+  return best;
 }
 
 }  // namespace trainer

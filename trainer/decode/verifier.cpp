@@ -6,6 +6,7 @@
 
 #include "kernels/core/error.h"
 #include "kernels/core/philox.h"
+#include "kernels/core/row_math.h"
 #include "kernels/ops/linear.h"
 
 namespace trainer {
@@ -33,21 +34,6 @@ uint64_t text_seed(uint64_t seed, TextUse use, int64_t round, int64_t prompt) {
   return uint64_t{random[1]} << 32 | random[0];
 }
 
-int32_t draw_index(const float* weights, int64_t count, float u) {
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += weights[i];
-  const double target = u * total;
-  double sum = 0;
-  int32_t last = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (weights[i] <= 0) continue;
-    sum += weights[i];
-    last = static_cast<int32_t>(i);
-    if (target < sum) break;
-  }
-  return last;
-}
-
 Verifier::Verifier(int64_t vocabulary)
     : vocabulary_(vocabulary), p_(vocabulary), q_(vocabulary), score_(kernels::kMaxDecodeRows) {}
 
@@ -65,38 +51,39 @@ void Verifier::greedy(const DraftTree& tree, const std::function<int32_t(int)>& 
 // p becomes what is left of the target after `token` was rejected. False when rounding alone rejected it: p
 // and q are equal, nothing is left, and the token stands.
 bool Verifier::reject(const float*& p, const float* q, int32_t token) {
-  if (p != p_.data()) std::copy_n(p, vocabulary_, p_.data());
-  p = p_.data();
-  if (q == nullptr) {
-    p_[token] = 0;
+  if (q != nullptr) {
+    kernels::row_subtract(p, q, p_.data(), vocabulary_);
   } else {
-    for (int64_t i = 0; i < vocabulary_; ++i) p_[i] = std::max(p_[i] - q_[i], 0.0f);
-    q_[token] = 0;
+    if (p != p_.data()) std::copy_n(p, vocabulary_, p_.data());
+    p_[token] = 0;
   }
-  const auto normalise = [&](std::vector<float>& x) {
-    double total = 0;
-    for (const float value : x) total += value;
-    if (total <= 0) return false;
-    const float scale = static_cast<float>(1 / total);
-    for (float& value : x) value *= scale;
-    return true;
-  };
-  if (q != nullptr) normalise(q_);
-  return normalise(p_);
+  p = p_.data();
+  return kernels::row_normalise(p_.data(), vocabulary_);
+}
+
+// What is left of q after `token` was drawn from it.
+const float* Verifier::without(const float* q, int32_t token) {
+  if (q != q_.data()) std::copy_n(q, vocabulary_, q_.data());
+  q_[token] = 0;
+  kernels::row_normalise(q_.data(), vocabulary_);
+  return q_.data();
 }
 
 // The first accepted child of the node, or -1; p is left as the distribution the next token is drawn from.
 int Verifier::accept_child(const DraftTree& tree, int node, const float*& p, const SamplingKey& key,
                            int64_t position) {
   int sibling = 0;
+  int32_t rejected = -1;
+  const float* q = nullptr;
   for (int child = node + 1; child < tree.size(); ++child) {
     if (tree.parent(child) != node) continue;
     const int32_t token = tree.token(child);
-    const float* q = tree.q(child);
-    if (q != nullptr && sibling == 0) std::copy_n(q, vocabulary_, q_.data());
-    const float proposal = q == nullptr ? 1.0f : q_[token];
+    const float* drawn_from = tree.q(child);
+    q = q == nullptr || drawn_from == nullptr ? drawn_from : without(q, rejected);
+    const float proposal = q == nullptr ? 1.0f : q[token];
     if (key.accept(position, sibling) * proposal < p[token]) return child;
     if (!reject(p, q, token)) return child;
+    rejected = token;
     ++sibling;
   }
   return -1;
@@ -111,7 +98,7 @@ void Verifier::rejection(const DraftTree& tree, const float* p, const SamplingKe
     const int64_t decided = position + tree.depth(node) + 1;
     const int child = accept_child(tree, node, left, key, decided);
     if (child < 0) {
-      accepted.next = draw_index(left, vocabulary_, key.next(decided));
+      accepted.next = static_cast<int32_t>(kernels::row_draw(left, vocabulary_, key.next(decided)));
       return;
     }
     node = child;
@@ -123,9 +110,8 @@ namespace {
 
 // H = log Z - E[l] with l = logits / temperature; log Z follows from any one token, here the likeliest.
 double entropy(const float* logits, const float* p, int64_t count, double temperature) {
-  const int64_t likeliest = std::max_element(p, p + count) - p;
-  double mean = 0;
-  for (int64_t i = 0; i < count; ++i) mean += static_cast<double>(p[i]) * logits[i];
+  const int64_t likeliest = kernels::row_argmax(p, count);
+  const double mean = kernels::row_dot(p, logits, count);
   return (logits[likeliest] - mean) / temperature - std::log(static_cast<double>(p[likeliest]));
 }
 
@@ -152,7 +138,7 @@ void Verifier::typical(const DraftTree& tree, const float* logits, const float* 
   for (int node = best; node >= 0; node = tree.parent(node)) accepted.nodes.push_back(node);
   std::reverse(accepted.nodes.begin(), accepted.nodes.end());
   const float* row = p + best * vocabulary_;
-  accepted.next = static_cast<int32_t>(std::max_element(row, row + vocabulary_) - row);
+  accepted.next = static_cast<int32_t>(kernels::row_argmax(row, vocabulary_));
 }
 
 }  // namespace trainer

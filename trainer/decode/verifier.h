@@ -45,9 +45,6 @@ struct SamplingKey {
 enum class TextUse { calibration, tuning, timing };
 uint64_t text_seed(uint64_t seed, TextUse use, int64_t round, int64_t prompt);
 
-// Draws an index in proportion to `weights` (not negative, any sum > 0) by inversion; u in [0, 1).
-int32_t draw_index(const float* weights, int64_t count, float u);
-
 struct AcceptedPath {
   std::vector<int32_t> nodes;  // ascending, the root first
   int32_t next = 0;            // the token after the path
@@ -70,6 +67,7 @@ class Verifier {
   int accept_child(const DraftTree& tree, int node, const float*& p, const SamplingKey& key,
                    int64_t position);
   bool reject(const float*& p, const float* q, int32_t token);
+  const float* without(const float* q, int32_t token);
 
   int64_t vocabulary_;
   std::vector<float> p_, q_;  // what is left after rejections

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 
+#include "kernels/core/row_math.h"
 #include "kernels/ops/cast.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/linear.h"
@@ -205,7 +206,8 @@ void MedusaDrafter::draw_candidates(const Context& ctx, const Pass& pass,
 void MedusaDrafter::draw_row(const SequenceView& view, int64_t row, const float* q) {
   const int64_t vocabulary = model_.vocabulary(), position = view.root_position() + rows_[row].level + 1;
   for (int64_t rank = 0; rank < width_; ++rank) {
-    int32_t token = draw_index(q, vocabulary, view.key.draft(position, static_cast<int>(rank)));
+    auto token = static_cast<int32_t>(
+        kernels::row_draw(q, vocabulary, view.key.draft(position, static_cast<int>(rank))));
     if (q[token] <= 0) token = -1;
     candidates_[row * width_ + rank] = token;
     if (rank + 1 == width_ || token < 0) continue;

@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 
+#include "kernels/core/row_math.h"
 #include "kernels/ops/sampling.h"
 
 namespace trainer {
@@ -162,7 +163,8 @@ std::pair<const float*, int32_t> MtpDrafter::sample(const Context& ctx, int64_t 
   q_host_[row].send(ctx, p);
   kernels::synchronize(ctx.device, ctx.stream);
   const float* q = q_host_[row].data<float>();
-  return {q, draw_index(q, model_.vocabulary(), view.key.draft(view.root_position() + draft, 0))};
+  const float u = view.key.draft(view.root_position() + draft, 0);
+  return {q, static_cast<int32_t>(kernels::row_draw(q, model_.vocabulary(), u))};
 }
 
 void MtpDrafter::take_likeliest(const Context& ctx, int64_t b, int64_t draft) {
