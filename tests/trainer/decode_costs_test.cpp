@@ -60,6 +60,24 @@ TEST(Costs, PredictionsMeetWhatWasMeasured) {
   for (const size_t g : {1, 2, 4}) EXPECT_NEAR(same.speedups[g], again.speedups[g], 1e-9) << g;
 }
 
+// The machine becomes slower from one round to the next, and what is compared does not.
+TEST(Costs, StepsAreComparedWithPlainOnesBesideThem) {
+  StepComparison steps;
+  for (const double slow : {1.0, 1.0, 1.0}) steps.add(2 * slow, 1, 3 * slow);
+  for (const double slow : {4.0, 5.0}) steps.add(2 * slow, 4, 6 * slow);
+  steps.add(0, 4, 1);
+  steps.add(1, 4, 0);
+  const StepSeconds seconds = steps.seconds();
+  EXPECT_EQ(seconds.at(0), (std::vector<double>{2, 2, 2, 8, 10}));
+  EXPECT_EQ(seconds.at(1), (std::vector<double>{3, 3, 3}));
+  EXPECT_EQ(seconds.at(4), (std::vector<double>{6, 6}));
+  // Prompts whose first token ended every text: nothing was measured, and rows alone count.
+  const AcceptanceEstimate half{{0.5}, {1}};
+  EXPECT_NEAR(choose_drafts({1, 1.2}, half, rest_cost({1, 1.2}, half, StepComparison().seconds()), 1)
+                  .predicted_speedup,
+              1.5 / 1.2, 1e-9);
+}
+
 // With a threshold that everything passes all of a longest path is accepted.
 DecodeRun run_typically(const char* drafter) {
   const auto model = decode_test::tiny_model({});

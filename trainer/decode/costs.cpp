@@ -57,6 +57,7 @@ RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstima
       rows_costs(step_costs, estimate, static_cast<int64_t>(estimate.drafted.size()));
   RestCost rest;
   for (const auto& [drafts, seconds] : measured) {
+    if (seconds.empty()) continue;
     const size_t at = std::min(static_cast<size_t>(drafts), rows.size() - 1);
     rest.measured[drafts] = spread_of(seconds).median - rows[at];
   }
@@ -81,14 +82,19 @@ DraftChoice choose_drafts(const std::vector<double>& step_costs, const Acceptanc
   return choice;
 }
 
-namespace {
-
-// Seconds per step; none where the prompt's first token ended the text.
-void add_step_seconds(const DecodeRun& run, std::vector<double>& seconds) {
-  if (run.steps > 0) seconds.push_back(run.seconds() / static_cast<double>(run.steps));
+void StepComparison::add(double plain, int64_t drafts, double drafted) {
+  if (!(plain > 0 && drafted > 0)) return;
+  plain_.push_back(plain);
+  shares_[drafts].push_back(drafted / plain);
 }
 
-}  // namespace
+StepSeconds StepComparison::seconds() const {
+  StepSeconds all{{0, plain_}};
+  const double plain = spread_of(plain_).median;
+  for (const auto& [drafts, shares] : shares_)
+    for (const double share : shares) all[drafts].push_back(share * plain);
+  return all;
+}
 
 AcceptanceEstimate estimate_acceptance(const DecodeRun& run, int64_t most) {
   const double steps = static_cast<double>(std::max<int64_t>(run.steps, 1));
@@ -100,33 +106,42 @@ AcceptanceEstimate estimate_acceptance(const DecodeRun& run, int64_t most) {
   return estimate;
 }
 
+namespace {
+
+// 0 where the prompt's first token ended the text.
+double seconds_of_step(const DecodeRun& run) {
+  return run.steps > 0 ? run.seconds() / static_cast<double>(run.steps) : 0;
+}
+
+}  // namespace
+
 DraftChoice tune_drafter(Decoder& decoder, Drafter& drafter, const std::vector<double>& step_costs,
                          const std::vector<std::vector<int32_t>>& prompts, const DecodeSettings& settings) {
   const int64_t most = drafter.max_drafts();
   DecodeSettings drafted = settings, plain = settings;
   if (plain.acceptance == Acceptance::typical) plain.acceptance = Acceptance::rejection;
-  StepSeconds measured;
-  DecodeRun full;
-  // Each prompt is decoded in all ways before the next: a slow moment of the machine meets all of them.
-  const auto measure = [&](const std::set<int64_t>& counts) {
-    for (size_t p = 0; p < prompts.size(); ++p)
-      for (const int64_t drafts : counts) {
-        const std::span<const std::vector<int32_t>> prompt(&prompts[p], 1);
-        drafted.seed = plain.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
-        drafter.set_drafts(drafts);
-        const DecodeRun run =
-            drafts > 0 ? decoder.run(prompt, drafted, &drafter) : decoder.run(prompt, plain);
-        add_step_seconds(run, measured[drafts]);
-        if (drafts == most) full.add(run);
-      }
+  StepComparison steps;
+  const auto measure = [&](int64_t drafts) {
+    DecodeRun all;
+    drafter.set_drafts(drafts);
+    for (size_t p = 0; p < prompts.size(); ++p) {
+      const std::span<const std::vector<int32_t>> prompt(&prompts[p], 1);
+      drafted.seed = plain.seed = text_seed(settings.seed, TextUse::tuning, 0, static_cast<int64_t>(p));
+      const double beside = seconds_of_step(decoder.run(prompt, plain));
+      const DecodeRun run = decoder.run(prompt, drafted, &drafter);
+      steps.add(beside, drafts, seconds_of_step(run));
+      all.add(run);
+    }
+    return all;
   };
-  measure({0, 1, most});
-  const AcceptanceEstimate estimate = estimate_acceptance(full, most);
+  const AcceptanceEstimate estimate = estimate_acceptance(measure(most), most);
+  std::set<int64_t> measured = {0, most};
   DraftChoice choice;
+  choice.drafts = std::min<int64_t>(1, most);
   while (true) {
-    choice = choose_drafts(step_costs, estimate, rest_cost(step_costs, estimate, measured), most);
+    if (measured.insert(choice.drafts).second) measure(choice.drafts);
+    choice = choose_drafts(step_costs, estimate, rest_cost(step_costs, estimate, steps.seconds()), most);
     if (measured.contains(choice.drafts)) break;
-    measure({choice.drafts});
   }
   drafter.set_drafts(choice.drafts);
   return choice;

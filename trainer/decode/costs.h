@@ -37,6 +37,19 @@ AcceptanceEstimate estimate_acceptance(const DecodeRun& run, int64_t most);
 
 // Seconds per step of real runs, one of each tuning prompt, by number of drafts.
 using StepSeconds = std::map<int64_t, std::vector<double>>;
+// Collects them: each run with drafts beside a plain one of the same prompt right before it, so that a slow
+// moment of the machine meets both, and how many drafts are measured first does not matter.
+class StepComparison {
+ public:
+  // Seconds of a step; 0 where a run had none, which is left out.
+  void add(double plain, int64_t drafts, double drafted);
+  // As if every plain step had taken what the median of them took.
+  StepSeconds seconds() const;
+
+ private:
+  std::vector<double> plain_;
+  std::map<int64_t, std::vector<double>> shares_;  // by number of drafts: of the plain step beside it
+};
 // The rest with which C(g) is the median of what was measured.
 RestCost rest_cost(const std::vector<double>& step_costs, const AcceptanceEstimate& estimate,
                    const StepSeconds& measured);
