@@ -52,12 +52,14 @@ size_t read_some(const Path& path, const Descriptor& file, void* data, size_t by
 
 }  // namespace
 
-void fail_errno(const Path& path, const char* action) {
-  const int error = errno;
-  const std::string line =
-      fmt::format("{} {}: {}{}", action, path.string(), std::strerror(error), kernels::remedy_of(error));
+void fail_system(const std::string& what, int error) {
+  const std::string line = fmt::format("{}: {}{}", what, std::strerror(error), kernels::remedy_of(error));
   if (error == ENOENT || error == ENOTDIR || error == EISDIR || error == ELOOP) throw CheckpointError(line);
   throw SystemFailure(line);
+}
+
+void fail_errno(const Path& path, const char* action) {
+  fail_system(fmt::format("{} {}", action, path.string()), errno);
 }
 
 void write_synced(const Path& path, const std::string& text) {

@@ -18,6 +18,8 @@ using Path = std::filesystem::path;
 struct SystemFailure : kernels::CheckpointError {
   using CheckpointError::CheckpointError;
 };
+// The line is "<what>: <the system's reason>" and what to do about it.
+[[noreturn]] void fail_system(const std::string& what, int error);
 [[noreturn]] void fail_errno(const Path& path, const char* action);
 void write_synced(const Path& path, const std::string& text);
 void sync_path(const Path& path);  // a file or a directory

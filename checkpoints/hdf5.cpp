@@ -3,7 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
+#include <string_view>
+
+#include "checkpoints/files.h"
 
 namespace checkpoints::hdf5 {
 
@@ -20,6 +24,17 @@ bool is_thread_safe() {
   return H5is_library_threadsafe(&safe) >= 0 && safe;
 }
 
+namespace {
+
+// The system's error that the library's file driver ends its reason with; 0 without one.
+int system_error_in(const std::string& reason) {
+  constexpr std::string_view kLabel = "errno = ";
+  const size_t at = reason.rfind(kLabel);  // a file's name stands before it
+  return at == std::string::npos ? 0 : std::atoi(reason.c_str() + at + kLabel.size());
+}
+
+}  // namespace
+
 void check(int64_t status, const std::string& what) {
   if (status >= 0) return;
   std::string reason = "HDF5 failed";
@@ -29,6 +44,7 @@ void check(int64_t status, const std::string& what) {
   };
   H5Ewalk2(H5E_DEFAULT, H5E_WALK_DOWNWARD, innermost, &reason);
   H5Eclear2(H5E_DEFAULT);
+  if (const int error = system_error_in(reason)) fail_system(what, error);
   throw kernels::CheckpointError(fmt::format("{}: {}", what, reason));
 }
 

@@ -19,7 +19,8 @@ inline constexpr int64_t kSlabBytes = int64_t{1} << 20;
 void prepare_thread();
 bool is_thread_safe();
 
-// Throws CheckpointError("<what>: <the library's innermost reason>") for a negative status.
+// Throws CheckpointError("<what>: <the library's innermost reason>") for a negative status; where that is a
+// call of the system's, as fail_system does.
 void check(int64_t status, const std::string& what);
 
 class Id {

@@ -33,6 +33,7 @@ struct CheckpointError : Error {
 inline const char* remedy_of(int error) {
   if (error == ENOSPC || error == EDQUOT || error == EFBIG)
     return "; free some space or choose another place";
+  if (error == EMFILE || error == ENFILE) return "; raise the limit of open files (ulimit -n)";
   return error == EACCES || error == EPERM || error == EROFS ? "; check its permissions" : "";
 }
 

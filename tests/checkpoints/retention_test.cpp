@@ -1,4 +1,6 @@
 #include <fmt/format.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include "tests/checkpoints/fixture.h"
 
@@ -55,6 +57,33 @@ TEST_F(Retention, TheNewestThatVerifiesIsFound) {
   fs::remove(step(100) / "manifest.json");
   EXPECT_EQ(checkpoints::find_newest(directory_, true, warn()), step(20));
   EXPECT_TRUE(fs::exists(directory_ / "step_00000100.bad2"));
+}
+
+// Too many open files, found out by HDF5 with some shards open: nothing is wrong with the checkpoint.
+TEST_F(Retention, WhatCannotBeReadIsNeitherSetAsideNorPassedOver) {
+  make({1});
+  State state = small_state(2);
+  save(directory_, state, 8);
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+  const int lowest = dup(0);
+  close(lowest);
+  const rlimit few{static_cast<rlim_t>(lowest) + 4, before.rlim_max};
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+  std::string reason;
+  try {
+    checkpoints::find_newest(directory_, true, warn());
+  } catch (const CheckpointError& error) {
+    reason = error.what();
+  }
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+  EXPECT_NE(reason.find(".h5: Too many open files; raise the limit of open files (ulimit -n); " +
+                        step(2).string() + " may be good"),
+            std::string::npos)
+      << reason;
+  EXPECT_TRUE(warnings_.empty());
+  EXPECT_EQ(listing(), (std::vector<std::string>{"step_00000001", "step_00000002"}));
+  EXPECT_EQ(checkpoints::find_newest(directory_, true, warn()), step(2));
 }
 
 TEST_F(Retention, NeverSilentlyFromTheBeginning) {
