@@ -57,12 +57,15 @@ int64_t newest_step(const Path& directory) {
 Path find_newest(const Path& directory, bool set_bad_aside,
                  const std::function<void(const std::string&)>& warn) {
   if (!has_steps(directory)) return {};
-  for (int64_t step : steps_in(directory)) {
-    const Path checkpoint = directory / step_name(step);
+  const std::vector<int64_t> steps = steps_in(directory);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Path checkpoint = directory / step_name(steps[i]);
     const std::string reason = why_bad(checkpoint);
     if (reason.empty()) return checkpoint;
     if (set_bad_aside) set_aside(checkpoint);
-    if (warn) warn(reason + (set_bad_aside ? "; it was renamed to *.bad" : "; it is passed over"));
+    if (warn)
+      warn(fmt::format("{}; it {}{}", reason, set_bad_aside ? "was renamed to *.bad" : "is passed over",
+                       i + 1 < steps.size() ? fmt::format(", {} is next", step_name(steps[i + 1])) : ""));
   }
   throw CheckpointError(fmt::format(
       "no checkpoint in {} verifies; put a good copy there, or move the folder away to start from step 0",
