@@ -282,6 +282,8 @@ std::string to_ini(const Config& config);
 std::vector<std::string> attention_per_layer(const ModelConfig& model);
 // decode.drafters as a list; "auto" becomes every drafter whose heads are there.
 std::vector<std::string> drafters_to_evaluate(const Config& config);
+// A temperature as it is written, from 0 to 100; ConfigError with the reason alone.
+double parse_temperature(const std::string& text);
 // Items without surrounding white space; an empty text has none.
 std::vector<std::string> split_list(std::string_view comma_separated);
 

@@ -25,6 +25,9 @@ T parse_number(const std::string& text, const Range& range) {
   const bool inside = static_cast<double>(value) >= range.low && static_cast<double>(value) <= range.high;
   if (error == std::errc::result_out_of_range || !inside)
     throw ConfigError(fmt::format("must be between {} and {}, not {}", range.low, range.high, text));
+  if (value != 0 && static_cast<float>(value) == 0)
+    throw ConfigError(fmt::format(
+        "{} is too small: fp32, which computes with it, takes it for 0; write 0 if that is meant", text));
   return value;
 }
 
@@ -92,6 +95,8 @@ std::vector<OptionText> option_texts() {
     texts.push_back({option.name(), option.kind, option.get(), option.accepts, option.help});
   return texts;
 }
+
+double parse_temperature(const std::string& text) { return parse_number<double>(text, {0, 100}); }
 
 std::string to_ini(const Config& config) {
   Config copy = config;

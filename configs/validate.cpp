@@ -2,7 +2,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <charconv>
 
 #include "configs/config.h"
 #include "kernels/core/error.h"
@@ -62,10 +61,11 @@ void validate_decoding(const Config& config) {
   const std::vector<std::string> temperatures = split_list(decode.temperature);
   require(!temperatures.empty(), "decode.temperature is empty; write for instance 0,1");
   for (const std::string& text : temperatures) {
-    double value = -1;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    require(error == std::errc() && end == text.data() + text.size() && value >= 0 && value <= 100,
-            "decode.temperature: '{}' is not a number between 0 and 100", text);
+    try {
+      parse_temperature(text);
+    } catch (const ConfigError& error) {
+      throw ConfigError(fmt::format("decode.temperature: {}", error.what()));
+    }
   }
   if (decode.drafters == "auto") return;
   std::vector<std::string> known;

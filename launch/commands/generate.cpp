@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "kernels/core/error.h"
 #include "launch/console.h"
 #include "launch/placed_model.h"
 #include "trainer/decode/evaluate.h"
@@ -27,7 +28,7 @@ CommandLine command_line() {
       ("max-tokens", po::value<int64_t>()->default_value(128), "tokens to add")                     //
       ("drafter", text()->default_value("none"), "none, medusa, medusa_tree, mtp or ngram")         //
       ("acceptance", text(), "greedy, rejection or typical; follows the temperature if not given")  //
-      ("temperature", po::value<double>()->default_value(0), "0 takes the likeliest token")         //
+      ("temperature", text()->default_value("0"), "0 takes the likeliest token")                    //
       ("seed", po::value<int64_t>()->default_value(1), "seed of sampling")                          //
       ("set", repeatable(), "section.key=value, for [decode] and [train]; repeatable");
   return line;
@@ -48,7 +49,11 @@ trainer::GenerateOptions options_of(const CommandLine& line, const po::variables
   options.prompt = value<std::string>(values, "prompt");
   options.max_tokens = value<int64_t>(values, "max-tokens");
   options.drafter = value<std::string>(values, "drafter");
-  options.temperature = value<double>(values, "temperature");
+  try {
+    options.temperature = configs::parse_temperature(value<std::string>(values, "temperature"));
+  } catch (const kernels::ConfigError& error) {
+    line.wrong_use(fmt::format("--temperature {}", error.what()));
+  }
   const int64_t seed = value<int64_t>(values, "seed");
   if (seed < 0) line.wrong_use("--seed is negative");
   options.seed = static_cast<uint64_t>(seed);
@@ -57,8 +62,6 @@ trainer::GenerateOptions options_of(const CommandLine& line, const po::variables
   if (options.prompt.empty()) line.wrong_use("--prompt is empty");
   if (options.max_tokens < 1 || options.max_tokens > 1000000)
     line.wrong_use("--max-tokens must be between 1 and 1000000");
-  if (!(options.temperature >= 0 && options.temperature <= 100))
-    line.wrong_use("--temperature must be between 0 and 100");
   if (options.acceptance == "greedy" && options.temperature > 0)
     line.wrong_use("--acceptance greedy takes the likeliest token; leave --temperature at 0");
   std::vector<std::string> drafters = {"none"};

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/core/cores.h"
 #include "kernels/core/parallel.h"
@@ -30,7 +31,9 @@ int plan_command(const Arguments& arguments, Job& job) {
   const int ranks = value<int>(*values, "ranks");
   const int64_t vocabulary = value<int64_t>(*values, "vocabulary");
   if (ranks < 1 || ranks > 1 << 20) line.wrong_use(fmt::format("--ranks {} is not a number of ranks", ranks));
-  if (vocabulary < 0 || vocabulary == 1) line.wrong_use("--vocabulary must be at least 2");
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // a token is 32 bits
+  if (vocabulary < 0 || vocabulary == 1 || vocabulary > kMost)
+    line.wrong_use(fmt::format("--vocabulary must be between 2 and {}", kMost));
   const configs::Config config =
       configs::load_config(value<std::string>(*values, "CONFIG"), list(*values, "set"));
   comm::Session& session = job.join_alone("plan");

@@ -76,6 +76,7 @@ TEST(Config, TypesRangesAndChoices) {
   expect_error("[optim]\nlr = nan\n", "must be between");
   expect_error("[optim]\nlr = 1e999\n", "must be between");
   expect_error("[optim]\nlr = 0.1x\n", "not a number");
+  expect_error("[optim]\nclip = 1e-50\n", "optim.clip 1e-50 is too small: fp32");
   expect_error("[model]\nnorm = rmsnorm\n", "model.norm must be one of rms, layer, not 'rmsnorm'");
   expect_error("[model]\ntie_embeddings = maybe\n", "must be true or false");
 }
@@ -104,6 +105,8 @@ TEST(Config, RulesAcrossKeys) {
   expect_error("[decode]\ndrafters = oracle\n", "'oracle' is not one of medusa, medusa_tree, mtp, ngram");
   expect_error("[decode]\nacceptance = always\n", "decode.acceptance");
   expect_error("[decode]\ntemperature = 0,hot\n", "'hot' is not a number");
+  expect_error("[decode]\ntemperature = 101\n", "decode.temperature: must be between 0 and 100, not 101");
+  expect_error("[decode]\ntemperature = 1e-310\n", "decode.temperature: 1e-310 is too small");
   expect_error("[log]\nrun =\n", "log.run is empty");
 }
 

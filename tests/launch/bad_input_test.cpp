@@ -117,6 +117,12 @@ TEST(BadInput, NumbersOutOfRange) {
   expect_one_line(foretell("generate /nowhere/run --prompt a --seed -1"), 2, "--seed is negative");
   expect_one_line(foretell("generate /nowhere/run --prompt a --temperature 101"), 2,
                   "--temperature must be between");
+  for (const char* tiny : {"1e-46", "1e-400"})
+    expect_one_line(foretell(std::string("generate /nowhere/run --prompt a --temperature ") + tiny), 2, tiny);
+  expect_one_line(foretell("generate /nowhere/run --prompt a --temperature hot"), 2,
+                  "--temperature 'hot' is not a number");
+  expect_one_line(foretell("plan " + kQuickstart + " --vocabulary 99999999999999999"), 2,
+                  "--vocabulary must be between 2 and 2147483647");
   expect_one_line(
       foretell("prepare --input /usr/include/fmt --output /nowhere --tokenizer sentencepiece:2000000"), 2,
       "between 288 and 1000000");

@@ -39,7 +39,8 @@ namespace {
 
 std::vector<double> temperatures(const configs::DecodeConfig& config) {
   std::vector<double> values;
-  for (const std::string& word : configs::split_list(config.temperature)) values.push_back(std::stod(word));
+  for (const std::string& word : configs::split_list(config.temperature))
+    values.push_back(configs::parse_temperature(word));
   return values;
 }
 
