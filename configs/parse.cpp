@@ -179,8 +179,9 @@ Config load_config(const std::filesystem::path& file, const std::vector<std::str
   if (std::filesystem::is_directory(file))
     throw ConfigError(fmt::format("{} is a folder; name a configuration file (.cfg)", file.string()));
   std::ifstream stream(file, std::ios::binary);
-  const std::string text(std::istreambuf_iterator<char>(stream), {});
-  if (!stream)
+  std::string text;
+  for (char c; stream.get(c);) text += c;
+  if (!stream.is_open() || stream.bad())
     throw ConfigError(
         fmt::format("cannot read the configuration file {}; configs/presets holds examples", file.string()));
   return parse_config(text, file.string(), overrides);

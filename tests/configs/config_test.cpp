@@ -110,8 +110,9 @@ TEST(Config, RulesAcrossKeys) {
   expect_error("[log]\nrun =\n", "log.run is empty");
 }
 
-TEST(Config, MissingFileAndFolderAreOneLine) {
-  for (const char* path : {"/nowhere/at/all.cfg", "/tmp"}) {
+TEST(Config, WhatCannotBeReadIsOneLine) {
+  // The last is opened and cannot be read.
+  for (const char* path : {"/nowhere/at/all.cfg", "/tmp", "/proc/self/mem"}) {
     try {
       load_config(path, {});
       FAIL() << path;
