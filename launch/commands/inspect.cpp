@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "checkpoints/checkpoint.h"
 #include "data/dataset.h"
+#include "data/files.h"
 #include "kernels/core/error.h"
 #include "launch/command_line.h"
 #include "launch/console.h"
@@ -57,12 +57,15 @@ void inspect_prepared(const fs::path& path, bool verify) {
 
 void inspect_run(const fs::path& path, bool verify) {
   fmt::print("{}: run\n", path.string());
-  std::ifstream stream(path / "status.json");
-  const auto status = nlohmann::json::parse(stream, nullptr, false);
-  if (status.is_object())
-    for (const auto& [name, entry] : status.items())
-      if (entry != "")
-        fmt::print("  {:<11} {}\n", name, entry.is_string() ? entry.get<std::string>() : entry.dump());
+  if (fs::exists(path / "status.json")) {
+    const auto status = nlohmann::json::parse(data::read_file(path / "status.json"), nullptr, false);
+    if (!status.is_object())
+      fmt::print("  state       not known: status.json is damaged\n");
+    else
+      for (const auto& [name, entry] : status.items())
+        if (entry != "")
+          fmt::print("  {:<11} {}\n", name, entry.is_string() ? entry.get<std::string>() : entry.dump());
+  }
   fmt::print("  last logged step {}\n", last_logged_step(path));
   std::vector<fs::path> saved;
   if (fs::is_directory(path / "checkpoints"))

@@ -39,7 +39,31 @@ TEST_F(Job, RunsLeaveTheirStatusAndASecondOneIsRefused) {
   EXPECT_EQ(foretell("inspect " + run().string() + " --verify").exit_code, 0);
 }
 
-TEST_F(Job, EvaluateAndGenerate) {
+class EvaluatedJob : public Job {
+ protected:
+  // As it is left when a disk was full, or by another program.
+  void inspect_with_a_damaged_report() {
+    const fs::path report = run() / "report.json", whole = run() / "whole.json";
+    fs::rename(report, whole);
+    nlohmann::json json = nlohmann::json::parse(read_text(whole));
+    json["results"][0]["tokens_per_second_spread"] = nlohmann::json::array();
+    for (const std::string& text : {std::string(), read_text(whole).substr(0, 100), json.dump()}) {
+      write_text(report, text);
+      expect_one_line(foretell("inspect " + run().string()), 74, "report.json");
+    }
+    fs::remove(report);
+    fs::create_directory(report);
+    expect_one_line(foretell("inspect " + run().string()), 74, "report.json: ");
+    fs::remove(report);
+    fs::rename(whole, report);
+    write_text(run() / "status.json", "{");
+    const Outcome inspected = foretell("inspect " + run().string());
+    EXPECT_EQ(inspected.exit_code, 0) << inspected.errors;
+    EXPECT_NE(inspected.output.find("status.json is damaged"), std::string::npos) << inspected.output;
+  }
+};
+
+TEST_F(EvaluatedJob, EvaluateInspectAndGenerate) {
   prepare();
   config_.decode.prompts = 1;
   config_.decode.prompt_tokens = 8;
@@ -57,6 +81,7 @@ TEST_F(Job, EvaluateAndGenerate) {
   EXPECT_TRUE(fs::exists(run() / "report.html"));
   EXPECT_TRUE(nlohmann::json::parse(read_text(run() / "report.json")).contains("results"));
   expect_one_line(foretell("evaluate " + run().string() + " --output " + file_), 74, "is not a folder");
+  inspect_with_a_damaged_report();
   const std::string generate = "generate " + run().string() + " --prompt int --max-tokens 9 ";
   const Outcome plain = foretell(generate);
   ASSERT_EQ(plain.exit_code, 0) << plain.errors;

@@ -171,8 +171,8 @@ std::vector<std::string> table_row(const Json& r) {
           fmt::format("{:g}", r.at("temperature").get<double>()),
           fmt::format("{}", r.at("drafts").get<int64_t>()),
           fmt::format("{:.0f}", r.at("tokens_per_second").get<double>()),
-          fmt::format("{:.0f}-{:.0f}", r.at("tokens_per_second_spread")[0].get<double>(),
-                      r.at("tokens_per_second_spread")[1].get<double>()),
+          fmt::format("{:.0f}-{:.0f}", r.at("tokens_per_second_spread").at(0).get<double>(),
+                      r.at("tokens_per_second_spread").at(1).get<double>()),
           fmt::format("{:.2f}x", r.at("speedup").get<double>()),
           fmt::format("{:.2f}x", r.at("predicted_speedup").get<double>()),
           fmt::format("{:.2f}", r.at("mean_accepted_length").get<double>()),
@@ -185,8 +185,7 @@ std::vector<std::string> table_row(const Json& r) {
 }  // namespace
 
 std::string report_table(const std::filesystem::path& report_json) {
-  std::ifstream in(report_json);
-  const Json json = Json::parse(in, nullptr, false);
+  const Json json = Json::parse(data::read_file(report_json), nullptr, false);
   if (!json.is_object() || !json.contains("results"))
     throw kernels::DataError(report_json.string() + " is not a report: run foretell evaluate again");
   try {
