@@ -361,6 +361,13 @@ TEST_F(Job, FilesThatMayNotBeRead) {
                     manifest.string() + ": Permission denied; check its permissions; " + newest.string() +
                         " may be good: make it readable, or move it away");
   EXPECT_TRUE(fs::exists(newest));
+  fs::permissions(manifest, fs::perms::owner_all);
+  const fs::path metrics = run() / "metrics.jsonl";
+  forbid(metrics);
+  expect_one_line(foretell_with_permissions(train("--resume auto --set train.steps=8")), 74,
+                  metrics.string() + ": cannot open: Permission denied");
+  fs::permissions(metrics, fs::perms::owner_all);
+  EXPECT_EQ(support::metric(run(), "loss").size(), 6u) << "nothing is lost";
   forbid(run() / "checkpoints");
   expect_one_line(foretell_with_permissions("generate --prompt a " + run().string()), 74,
                   "Permission denied; check its permissions");

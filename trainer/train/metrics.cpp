@@ -2,8 +2,8 @@
 
 #include <fmt/format.h>
 
-#include <fstream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "data/files.h"
 #include "kernels/core/error.h"
@@ -26,7 +26,8 @@ std::string duration(double s) {
 // Keeps the lines of steps before `from_step`, and of validations after that many; a last line cut short by a
 // kill is dropped too.
 std::string kept_lines(const std::filesystem::path& file, int64_t from_step) {
-  std::ifstream in(file);
+  if (!std::filesystem::exists(file)) return "";
+  std::istringstream in(data::read_file(file));
   std::string line, kept;
   while (std::getline(in, line)) {
     const int64_t step = step_of_line(line);
