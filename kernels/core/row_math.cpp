@@ -75,7 +75,8 @@ int64_t row_argmax(const float* x, int64_t n) {
     largest = of_block;
     first = i;
   }
-  return std::find(x + first, x + n, largest) - x;
+  const float* found = std::find(x + first, x + n, largest);
+  return found == x + n ? first : found - x;  // NaN equals nothing
 }
 
 int64_t row_draw(const float* x, int64_t n, float u) {

@@ -7,7 +7,7 @@ namespace kernels {
 
 // sum of x_i y_i, i < n
 double row_dot(const float* x, const float* y, int64_t n);
-// The first index of the largest of n >= 1 numbers; none is NaN.
+// The first index of the largest of n >= 1 numbers; some index where there are NaN.
 int64_t row_argmax(const float* x, int64_t n);
 // The first index i at which x_0 + ... + x_i exceeds u times the sum of all: a draw in proportion to x for a
 // uniform u in [0, 1). Numbers that are not positive are passed over; one has to be.

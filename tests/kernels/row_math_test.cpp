@@ -42,6 +42,19 @@ TEST(RowMath, SumsAndLargest) {
   }
 }
 
+// A model that has diverged still gets tokens of its vocabulary.
+TEST(RowMath, NaNGivesIndicesOfTheRow) {
+  for (const int64_t n : kLengths)
+    for (const int64_t step : {int64_t{1}, int64_t{3}}) {
+      std::vector<float> x = numbers(n, 6);
+      for (int64_t i = 0; i < n; i += step) x[static_cast<size_t>(i)] = NAN;
+      for (const int64_t i : {kernels::row_argmax(x.data(), n), row_draw(x.data(), n, 0.5f)}) {
+        EXPECT_GE(i, 0);
+        EXPECT_LT(i, n);
+      }
+    }
+}
+
 TEST(RowMath, SubtractsAndNormalises) {
   for (const int64_t n : kLengths) {
     std::vector<float> x = numbers(n, 3);
