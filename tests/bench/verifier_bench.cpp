@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/core/arena.h"
 #include "kernels/core/philox.h"
 #include "kernels/core/row_math.h"
 #include "trainer/decode/verifier.h"
@@ -21,14 +22,24 @@ struct Rows {
     }
     for (int64_t row = 0; row < rows; ++row) kernels::row_normalise(p.data() + row * vocabulary, vocabulary);
   }
+  static kernels::Tensor tensor(std::vector<float>& x, int64_t rows) {
+    return {x.data(), kernels::DType::f32, {rows, static_cast<int64_t>(x.size()) / 3}, {}};
+  }
 };
 
 void acceptance(benchmark::State& state) {
   const int64_t vocabulary = state.range(0), rule = state.range(1);
-  const Rows rows(3, vocabulary);
+  Rows rows(3, vocabulary);
   const float* q = rows.p.data() + vocabulary;
-  trainer::Verifier verifier(vocabulary);
-  trainer::AcceptedPath accepted;
+  kernels::Arena scratch("scratch", {});
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass == 1) scratch.place();
+    const kernels::ArenaScope scope(scratch);
+    scratch.allocate("left", kernels::DType::f32, {2, vocabulary});
+  }
+  kernels::Context ctx;
+  ctx.scratch = &scratch;
+  trainer::Verifier verifier({}, 1);
   trainer::DraftTree tree;
   const trainer::SamplingKey key;
   for (int64_t position = 0; auto _ : state) {
@@ -39,10 +50,14 @@ void acceptance(benchmark::State& state) {
       benchmark::DoNotOptimize(kernels::row_draw(q, vocabulary, key.next(position)));
     } else if (rule == 1) {
       tree.add(0, token, q);
-      verifier.rejection(tree, rows.p.data(), key, position, accepted);
+      verifier.clear();
+      verifier.add_tree(tree, key, position);
+      verifier.rejection(ctx, rows.tensor(rows.p, 2));
     } else {
       tree.add(tree.add(0, token), token / 2);
-      verifier.typical(tree, rows.logits.data(), rows.p.data(), 1, 0.3, 0.09, accepted);
+      verifier.clear();
+      verifier.add_tree(tree, key, position);
+      verifier.typical(ctx, rows.tensor(rows.logits, 3), rows.tensor(rows.p, 3), {1, 0.3, 0.09});
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <map>
 #include <set>
 
+#include "kernels/core/arena.h"
 #include "kernels/core/error.h"
 #include "kernels/core/philox.h"
 #include "kernels/core/row_math.h"
@@ -78,9 +79,44 @@ double run_pairs(const Grow& grow, const Verify& verify) {
   return p_value(expected, counts, kSamples);
 }
 
+// One tree on the CPU; p and logits have a row of `vocabulary` numbers for each node.
+class OneTree {
+ public:
+  OneTree(const DraftTree& tree, int64_t vocabulary) : tree_(tree), vocabulary_(vocabulary) {
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass == 1) scratch_.place();
+      const kernels::ArenaScope scope(scratch_);
+      scratch_.allocate("left", kernels::DType::f32, {2, vocabulary});
+    }
+    ctx_.scratch = &scratch_;
+  }
+  void rejection(const float* p, const SamplingKey& key, AcceptedPath& accepted) {
+    verifier_.clear();
+    verifier_.add_tree(tree_, key, kRoot * 7);
+    verifier_.rejection(ctx_, rows(p));
+    verifier_.read(0, tree_, accepted);
+  }
+  void typical(const float* logits, const float* p, const kernels::TypicalRule& rule,
+               AcceptedPath& accepted) {
+    verifier_.clear();
+    verifier_.add_tree(tree_, {}, 0);
+    verifier_.typical(ctx_, rows(logits), rows(p), rule);
+    verifier_.read(0, tree_, accepted);
+  }
+
+ private:
+  kernels::Tensor rows(const float* data) const {
+    return {const_cast<float*>(data), kernels::DType::f32, {tree_.size(), vocabulary_}, {}};
+  }
+  const DraftTree& tree_;
+  int64_t vocabulary_;
+  kernels::Arena scratch_{"test", {}};
+  kernels::Context ctx_;
+  Verifier verifier_{{}, 1};
+};
+
 void right_rule(const DraftTree& tree, const float* p, const SamplingKey& key, AcceptedPath& accepted) {
-  static Verifier verifier(kVocabulary);
-  verifier.rejection(tree, p, key, kRoot * 7, accepted);
+  OneTree(tree, kVocabulary).rejection(p, key, accepted);
 }
 
 const Distribution kDraft1 = {.2f, .2f, .6f}, kDraft2 = {.2f, .5f, .3f};
@@ -170,7 +206,6 @@ TEST(Verifier, EqualDistributionsAcceptEverything) {
   const Grow grow = [](DraftTree& tree, const SamplingKey& key) {
     tree.add(0, draw_siblings(kTarget[kRoot], 1, key, 1)[0], kTarget[kRoot].data());
   };
-  Verifier verifier(kVocabulary);
   AcceptedPath accepted;
   DraftTree tree;
   for (uint64_t seed = 1; seed < 2000; ++seed) {
@@ -178,7 +213,7 @@ TEST(Verifier, EqualDistributionsAcceptEverything) {
     grow(tree, {seed, 0});
     std::vector<float> p = kTarget[kRoot];
     p.insert(p.end(), kTarget[tree.token(1)].begin(), kTarget[tree.token(1)].end());
-    verifier.rejection(tree, p.data(), {seed, 0}, kRoot * 7, accepted);
+    right_rule(tree, p.data(), {seed, 0}, accepted);
     EXPECT_EQ(accepted.nodes.size(), 2u);
   }
 }
@@ -191,13 +226,12 @@ TEST(Verifier, GreedyFollowsTheArgmaxThroughATree) {
   const int d = tree.add(b, 7);
   const std::vector<int32_t> argmax = {5, 1, 7, 1, 8};  // after root, a, b, c, d
   AcceptedPath accepted;
-  Verifier verifier(10);
-  verifier.greedy(
+  Verifier::greedy(
       tree, [&](int node) { return argmax[node]; }, accepted);
   EXPECT_EQ(accepted.nodes, (std::vector<int32_t>{0, b, d}));
   EXPECT_EQ(accepted.next, 8);
   const std::vector<int32_t> other = {3, 1, 7, 1, 8};
-  verifier.greedy(
+  Verifier::greedy(
       tree, [&](int node) { return other[node]; }, accepted);
   EXPECT_EQ(accepted.nodes, (std::vector<int32_t>{0}));
   EXPECT_EQ(accepted.next, 3);
@@ -221,14 +255,14 @@ TEST(Verifier, TypicalAcceptsByProbabilityOrEntropy) {
   const int a = tree.add(0, 3), b = tree.add(0, 5);
   tree.add(a, 1);  // rejected: below a peaked row
   AcceptedPath accepted;
-  Verifier verifier(v);
-  verifier.typical(tree, logits.data(), p.data(), 0.7, 0.09, 0.3, accepted);
+  const kernels::TypicalRule rule{0.7, 0.09, 0.3};
+  OneTree(tree, v).typical(logits.data(), p.data(), rule, accepted);
   EXPECT_EQ(accepted.nodes, (std::vector<int32_t>{0, a}));
   EXPECT_EQ(accepted.next, 0);
   const int d = tree.add(b, 6);  // accepted: below a flat row, and longer
   p.insert(p.end(), peaked.begin(), peaked.end());
   logits.insert(logits.end(), logits.begin() + v, logits.begin() + 2 * v);
-  verifier.typical(tree, logits.data(), p.data(), 0.7, 0.09, 0.3, accepted);
+  OneTree(tree, v).typical(logits.data(), p.data(), rule, accepted);
   EXPECT_EQ(accepted.nodes, (std::vector<int32_t>{0, b, d}));
 }
 

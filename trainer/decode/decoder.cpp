@@ -63,7 +63,7 @@ Decoder::Decoder(const Context& ctx, const Model& model, int64_t batch, int64_t 
       memory_("decode", ctx.device),
       state_(model.make_trunk_state(ctx, batch, std::min(capacity + kMaxDecodeRows, position_limit_))),
       rows_(ctx.device, batch),
-      verifier_(model.vocabulary()),
+      verifier_(ctx.device, batch),
       argmax_(ctx.device, DType::i32, {kMaxDecodeRows}),
       replay_(model.config().train.graph),
       sequences_(batch),
@@ -101,6 +101,11 @@ void Decoder::allocate() {
   model_.logits(dry, hidden_, logits_);
   kernels::argmax(dry, logits_, argmax_.tensor());
   kernels::probabilities(dry, logits_, 1.0f, p_);
+  for (DraftTree& tree : trees_) tree.clear(0);
+  for (int64_t i = 0; i < kMaxDecodeRows - batch_; ++i) trees_[0].add(static_cast<int>(i), 0);
+  for (const DraftTree& tree : trees_) verifier_.add_tree(tree, {}, 0);
+  verifier_.rejection(dry, p_);
+  verifier_.typical(dry, logits_, p_, {});
   for (int64_t k = 0; k < model_.config().heads.medusa; ++k) {
     // A rehearsal reads nothing: any memory will do.
     const Tensor between(argmax_.tensor().data, DType::i32, {kMaxDecodeRows, k + 1}, ctx_.device);
@@ -175,9 +180,11 @@ void Decoder::prefill(int64_t b, Drafter* drafter, DecodeRun& run) {
     commit();
     if (last) {
       trees_[b].clear(sequence.tokens.back());
+      verifier_.clear();
+      for (int64_t s = 0; s < batch_; ++s) add_to_verifier(s, s == b);
       model_.logits(ctx_, hidden_.slice(n - 1, 1), logits_.slice(0, 1));
       predict(1);
-      fetch(1);
+      kernels::synchronize(ctx_.device, ctx_.stream);
       choose(b, 0);
       take(b, run.sequences[b]);
       run.prefill_seconds += watch.lap();
@@ -201,39 +208,47 @@ void Decoder::draft(Drafter* drafter) {
   drafter->propose(ctx_, views_, drafting, trees_);
 }
 
+void Decoder::add_to_verifier(int64_t b, bool has_rows) {
+  if (has_rows)
+    verifier_.add_tree(trees_[b], {settings_.seed, static_cast<uint64_t>(b)}, committed(b));
+  else
+    verifier_.add_none();
+}
+
 void Decoder::verify() {
   rows_.clear();
+  verifier_.clear();
   for (int64_t b = 0; b < batch_; ++b) {
     if (sequences_[b].active)
       rows_.add_tree(committed(b), trees_[b]);
     else
       rows_.add_none(committed(b));
+    add_to_verifier(b, sequences_[b].active);
   }
   rows_.upload(ctx_);
   const int64_t rows = rows_.size();
-  const bool greedy = settings_.acceptance == Acceptance::greedy;
-  const float temperature = greedy ? 0.0f : static_cast<float>(settings_.temperature);
-  replay_(ctx_, {rows, greedy, std::bit_cast<int32_t>(temperature), 0}, [&] {
+  const auto bits = [](double x) { return std::bit_cast<int64_t>(x); };
+  const Replay::Key key = {rows, static_cast<int64_t>(settings_.acceptance), bits(settings_.temperature),
+                           bits(settings_.typical_epsilon), bits(settings_.typical_delta)};
+  replay_(ctx_, key, [&] {
     const Tensor hidden = hidden_.slice(0, rows);
     model_.decode_trunk(ctx_, rows_.tokens(), rows_.rows(), state_, hidden);
     model_.logits(ctx_, hidden, logits_.slice(0, rows));
     predict(rows);
   });
-  fetch(rows);
+  kernels::synchronize(ctx_.device, ctx_.stream);
 }
 
 void Decoder::predict(int64_t rows) {
-  const Tensor logits = logits_.slice(0, rows);
+  const Tensor logits = logits_.slice(0, rows), p = p_.slice(0, rows);
   if (settings_.acceptance == Acceptance::greedy)
-    kernels::argmax(ctx_, logits, argmax_.tensor().slice(0, rows));
+    return kernels::argmax(ctx_, logits, argmax_.tensor().slice(0, rows));
+  kernels::probabilities(ctx_, logits, static_cast<float>(settings_.temperature), p);
+  if (settings_.acceptance == Acceptance::rejection)
+    verifier_.rejection(ctx_, p);
   else
-    kernels::probabilities(ctx_, logits, static_cast<float>(settings_.temperature), p_.slice(0, rows));
-}
-
-void Decoder::fetch(int64_t rows) {
-  if (settings_.acceptance != Acceptance::greedy) p_host_.send(ctx_, p_.slice(0, rows));
-  if (settings_.acceptance == Acceptance::typical) logits_host_.send(ctx_, logits_.slice(0, rows));
-  kernels::synchronize(ctx_.device, ctx_.stream);
+    verifier_.typical(ctx_, logits, p,
+                      {settings_.temperature, settings_.typical_epsilon, settings_.typical_delta});
 }
 
 // Most steps leave the state as it has to be: what is not accepted is written over.
@@ -259,16 +274,9 @@ int32_t Decoder::choice(int64_t b, int64_t row, int node) {
 
 void Decoder::choose(int64_t b, int64_t row) {
   AcceptedPath& accepted = sequences_[b].accepted;
-  const int64_t offset = row * model_.vocabulary();
-  if (settings_.acceptance == Acceptance::greedy)
-    verifier_.greedy(
-        trees_[b], [&](int node) { return choice(b, row, node); }, accepted);
-  else if (settings_.acceptance == Acceptance::rejection)
-    verifier_.rejection(trees_[b], p_host_.data<float>() + offset, {settings_.seed, static_cast<uint64_t>(b)},
-                        committed(b), accepted);
-  else
-    verifier_.typical(trees_[b], logits_host_.data<float>() + offset, p_host_.data<float>() + offset,
-                      settings_.temperature, settings_.typical_epsilon, settings_.typical_delta, accepted);
+  if (settings_.acceptance != Acceptance::greedy) return verifier_.read(b, trees_[b], accepted);
+  Verifier::greedy(
+      trees_[b], [&](int node) { return choice(b, row, node); }, accepted);
 }
 
 void Decoder::take(int64_t b, DecodedSequence& out) {

@@ -22,7 +22,8 @@ struct DecodeSettings {
 };
 
 // Wall-clock time of the parts of a step, in seconds. verify: the model, and what it predicts until the host
-// can read it; commit: on a GPU only what it takes to ask for it.
+// can read it, above temperature 0 which drafts it accepts; sample: what the host does with that; commit: on
+// a GPU only what it takes to ask for it.
 struct PhaseTimes {
   double draft = 0, verify = 0, sample = 0, commit = 0;
   double total() const { return draft + verify + sample + commit; }
@@ -86,17 +87,17 @@ class Decoder {
   void prefill(int64_t b, Drafter* drafter, DecodeRun& run);
   void step(Drafter* drafter, DecodeRun& run);
   void draft(Drafter* drafter);
+  void add_to_verifier(int64_t b, bool has_rows);
   // The model over the step's rows, up to predictions that the host can read.
   void verify();
-  // The target's predictions after the first `rows` rows of logits_.
+  // What the target makes of the trees whose rows the first `rows` of logits_ are: with the greedy rule the
+  // tokens of the largest logits, otherwise the accepted paths.
   void predict(int64_t rows);
-  // Waits until the host can read them: with the greedy rule the tokens of the largest logits.
-  void fetch(int64_t rows);
   void commit();
   // Greedy: what the target writes after a node of a sequence's tree, whose predictions start at `row`. The
   // node's other logits are fetched only where the guard against loops refuses the largest.
   int32_t choice(int64_t b, int64_t row, int node);
-  // The accepted path of a sequence whose predictions start at `row`.
+  // The accepted path of a sequence whose predictions start at `row`, once the device has been waited for.
   void choose(int64_t b, int64_t row);
   // Appends the accepted path and the token after it, cut at the end of the text.
   void take(int64_t b, DecodedSequence& out);
@@ -115,7 +116,7 @@ class Decoder {
   Verifier verifier_;
   Tensor hidden_, logits_, p_;  // (64, C), (64, V), (64, V)
   SharedResult argmax_;         // (64)
-  HostCopy logits_host_, p_host_;
+  HostCopy logits_host_;
   std::vector<int32_t> text_;
   Replay replay_;
 

@@ -18,7 +18,7 @@ namespace trainer {
 // device nor copy from memory of the host. Destroy it before the memory that its work touches.
 class Replay {
  public:
-  using Key = std::array<int64_t, 4>;
+  using Key = std::array<int64_t, 5>;
   explicit Replay(bool enabled) : enabled_(enabled) {}
   void operator()(const kernels::Context& ctx, const Key& key, const std::function<void()>& work);
   int64_t recorded() const;  // how many graphs there are

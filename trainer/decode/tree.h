@@ -14,9 +14,10 @@ class DraftTree {
   // A tree of the root alone; keeps its memory.
   void clear(int32_t root);
   // Adds a draft below `parent` and returns its number. `q` is the distribution (V) the token was drawn from,
-  // or null when the draft is deterministic. Siblings are tried in order of their numbers; siblings with a q
-  // are drawn from it without replacement, in that order. `place`: where it stands among all drafts that its
-  // drafter might add, best first, from 0; its number less the root's where none is given.
+  // in the device's memory, or null when the draft is deterministic. Siblings are tried in order of their
+  // numbers; siblings with a q are drawn from it without replacement, in that order. `place`: where it stands
+  // among all drafts that its drafter might add, best first, from 0; its number less the root's where none is
+  // given.
   int add(int parent, int32_t token, const float* q = nullptr, int place = -1);
 
   int size() const { return static_cast<int>(tokens_.size()); }

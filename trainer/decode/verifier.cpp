@@ -1,15 +1,15 @@
 #include "trainer/decode/verifier.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "kernels/core/error.h"
 #include "kernels/core/philox.h"
-#include "kernels/core/row_math.h"
 #include "kernels/ops/linear.h"
 
 namespace trainer {
+
+using kernels::DType;
+using kernels::kMaxDecodeRows;
 
 Acceptance parse_acceptance(const std::string& name) {
   for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical})
@@ -34,11 +34,20 @@ uint64_t text_seed(uint64_t seed, TextUse use, int64_t round, int64_t prompt) {
   return uint64_t{random[1]} << 32 | random[0];
 }
 
-Verifier::Verifier(int64_t vocabulary)
-    : vocabulary_(vocabulary), p_(vocabulary), q_(vocabulary), score_(kernels::kMaxDecodeRows) {}
+Verifier::Verifier(kernels::Device device, int64_t batch)
+    : batch_(batch),
+      first_row_(device, DType::i32, {batch + 1}),
+      parents_(device, DType::i32, {kMaxDecodeRows}),
+      tokens_(device, DType::i32, {kMaxDecodeRows}),
+      accept_(device, DType::f32, {kMaxDecodeRows}),
+      next_(device, DType::f32, {kMaxDecodeRows}),
+      q_(device, DType::i64, {kMaxDecodeRows}),
+      accepted_(device, DType::i32, {batch, 2}) {
+  clear();
+}
 
 void Verifier::greedy(const DraftTree& tree, const std::function<int32_t(int)>& choice,
-                      AcceptedPath& accepted) const {
+                      AcceptedPath& accepted) {
   accepted.nodes.assign(1, 0);
   accepted.next = choice(0);
   for (int child = 1; child < tree.size(); ++child) {
@@ -48,97 +57,53 @@ void Verifier::greedy(const DraftTree& tree, const std::function<int32_t(int)>& 
   }
 }
 
-// p becomes what is left of the target after `token` was rejected. False when rounding alone rejected it: p
-// and q are equal, nothing is left, and the token stands.
-bool Verifier::reject(const float*& p, const float* q, int32_t token) {
-  if (q != nullptr) {
-    kernels::row_subtract(p, q, p_.data(), vocabulary_);
-  } else {
-    if (p != p_.data()) std::copy_n(p, vocabulary_, p_.data());
-    p_[token] = 0;
+void Verifier::clear() {
+  rows_ = sequences_ = 0;
+  first_row_.tensor().as<int32_t>()[0] = 0;
+}
+
+void Verifier::add_tree(const DraftTree& tree, const SamplingKey& key, int64_t position) {
+  if (rows_ + tree.size() > kMaxDecodeRows || sequences_ >= batch_)
+    throw kernels::ShapeError("drafts: more than 64 rows at once, or more trees than sequences");
+  int siblings[kMaxDecodeRows] = {};
+  for (int node = 0; node < tree.size(); ++node) {
+    const int64_t row = rows_ + node, decided = position + tree.depth(node);
+    parents_.tensor().as<int32_t>()[row] = tree.parent(node);
+    tokens_.tensor().as<int32_t>()[row] = tree.token(node);
+    q_.tensor().as<int64_t>()[row] = reinterpret_cast<int64_t>(tree.q(node));
+    next_.tensor().as<float>()[row] = key.next(decided + 1);
+    accept_.tensor().as<float>()[row] = node == 0 ? 0 : key.accept(decided, siblings[tree.parent(node)]++);
   }
-  p = p_.data();
-  return kernels::row_normalise(p_.data(), vocabulary_);
+  rows_ += tree.size();
+  add_none();
 }
 
-// What is left of q after `token` was drawn from it.
-const float* Verifier::without(const float* q, int32_t token) {
-  if (q != q_.data()) std::copy_n(q, vocabulary_, q_.data());
-  q_[token] = 0;
-  kernels::row_normalise(q_.data(), vocabulary_);
-  return q_.data();
+void Verifier::add_none() { first_row_.tensor().as<int32_t>()[++sequences_] = static_cast<int32_t>(rows_); }
+
+kernels::DraftRows Verifier::drafts() const {
+  return {.first_row = first_row_.tensor().slice(0, sequences_ + 1),
+          .parents = parents_.tensor().slice(0, rows_),
+          .tokens = tokens_.tensor().slice(0, rows_),
+          .accept = accept_.tensor().slice(0, rows_),
+          .next = next_.tensor().slice(0, rows_),
+          .q = q_.tensor().slice(0, rows_)};
 }
 
-// The first accepted child of the node, or -1; p is left as the distribution the next token is drawn from.
-int Verifier::accept_child(const DraftTree& tree, int node, const float*& p, const SamplingKey& key,
-                           int64_t position) {
-  int sibling = 0;
-  int32_t rejected = -1;
-  const float* q = nullptr;
-  for (int child = node + 1; child < tree.size(); ++child) {
-    if (tree.parent(child) != node) continue;
-    const int32_t token = tree.token(child);
-    const float* drawn_from = tree.q(child);
-    q = q == nullptr || drawn_from == nullptr ? drawn_from : without(q, rejected);
-    const float proposal = q == nullptr ? 1.0f : q[token];
-    if (key.accept(position, sibling) * proposal < p[token]) return child;
-    if (!reject(p, q, token)) return child;
-    rejected = token;
-    ++sibling;
-  }
-  return -1;
+void Verifier::rejection(const kernels::Context& ctx, const kernels::Tensor& p) {
+  kernels::accept_rejection(ctx, drafts(), p, accepted_.tensor().slice(0, sequences_));
 }
 
-void Verifier::rejection(const DraftTree& tree, const float* p, const SamplingKey& key, int64_t position,
-                         AcceptedPath& accepted) {
-  accepted.nodes.assign(1, 0);
-  int node = 0;
-  while (true) {
-    const float* left = p + node * vocabulary_;
-    const int64_t decided = position + tree.depth(node) + 1;
-    const int child = accept_child(tree, node, left, key, decided);
-    if (child < 0) {
-      accepted.next = static_cast<int32_t>(kernels::row_draw(left, vocabulary_, key.next(decided)));
-      return;
-    }
-    node = child;
-    accepted.nodes.push_back(node);
-  }
+void Verifier::typical(const kernels::Context& ctx, const kernels::Tensor& logits, const kernels::Tensor& p,
+                       const kernels::TypicalRule& rule) {
+  kernels::accept_typical(ctx, drafts(), logits, p, rule, accepted_.tensor().slice(0, sequences_));
 }
 
-namespace {
-
-// H = log Z - E[l] with l = logits / temperature; log Z follows from any one token, here the likeliest.
-double entropy(const float* logits, const float* p, int64_t count, double temperature) {
-  const int64_t likeliest = kernels::row_argmax(p, count);
-  const double mean = kernels::row_dot(p, logits, count);
-  return (logits[likeliest] - mean) / temperature - std::log(static_cast<double>(p[likeliest]));
-}
-
-}  // namespace
-
-void Verifier::typical(const DraftTree& tree, const float* logits, const float* p, double temperature,
-                       double epsilon, double delta, AcceptedPath& accepted) {
-  constexpr double kRejected = -std::numeric_limits<double>::infinity();
-  score_[0] = 0;
-  int best = 0;
-  for (int node = 1; node < tree.size(); ++node) {
-    const int parent = tree.parent(node);
-    const double probability = p[parent * vocabulary_ + tree.token(node)];
-    bool accept = score_[parent] != kRejected && probability > 0;
-    if (accept && probability <= epsilon)
-      accept = probability > delta * std::exp(-entropy(logits + parent * vocabulary_,
-                                                       p + parent * vocabulary_, vocabulary_, temperature));
-    score_[node] = accept ? score_[parent] + std::log(probability) : kRejected;
-    const bool longer = tree.depth(node) > tree.depth(best);
-    if (accept && (longer || (tree.depth(node) == tree.depth(best) && score_[node] > score_[best])))
-      best = node;
-  }
+void Verifier::read(int64_t sequence, const DraftTree& tree, AcceptedPath& accepted) const {
+  const int32_t* found = accepted_.data<int32_t>() + 2 * sequence;
   accepted.nodes.clear();
-  for (int node = best; node >= 0; node = tree.parent(node)) accepted.nodes.push_back(node);
+  for (int node = found[0]; node >= 0; node = tree.parent(node)) accepted.nodes.push_back(node);
   std::reverse(accepted.nodes.begin(), accepted.nodes.end());
-  const float* row = p + best * vocabulary_;
-  accepted.next = static_cast<int32_t>(kernels::row_argmax(row, vocabulary_));
+  accepted.next = found[1];
 }
 
 }  // namespace trainer

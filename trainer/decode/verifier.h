@@ -3,14 +3,7 @@
 // token that follows it.
 //
 //   greedy     the path equal to the target's argmax; the next token is the argmax at its end
-//   rejection  (Leviathan et al. 2023, Chen et al. 2023; siblings: Chen et al. 2024, Sequoia) for each
-//   sibling x in
-//              order: accept with min(1, p(x) / q(x)), otherwise p <- norm(max(p - q, 0)) and q <- q without
-//              x, renormalised. No sibling left: the next token is drawn from p. A deterministic draft has q
-//              = delta(x). The tokens are distributed exactly as by plain sampling.
-//   typical    (Cai et al. 2024) a draft is accepted if p(x) > min(epsilon, delta exp(-H(p))); the longest
-//   accepted
-//              path, ties by likelihood; the next token is the argmax. Not lossless.
+//   rejection, typical     kernels/ops/speculation.h
 //
 // Random numbers are keyed by (seed, position of the token decided), never by the order of calls: a position
 // is decided once, whichever step decides it.
@@ -19,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/ops/speculation.h"
+#include "trainer/decode/replay.h"
 #include "trainer/decode/tree.h"
 
 namespace trainer {
@@ -52,26 +47,29 @@ struct AcceptedPath {
 
 class Verifier {
  public:
-  explicit Verifier(int64_t vocabulary);
+  Verifier(kernels::Device device, int64_t batch);
 
   // choice(node): what the target writes after a node; asked for the nodes of the accepted path alone.
-  void greedy(const DraftTree& tree, const std::function<int32_t(int)>& choice, AcceptedPath& accepted) const;
-  // p (nodes, V): the target's distribution after each node. `position` is that of the root.
-  void rejection(const DraftTree& tree, const float* p, const SamplingKey& key, int64_t position,
-                 AcceptedPath& accepted);
-  // logits (nodes, V) are those p was made of, at `temperature`.
-  void typical(const DraftTree& tree, const float* logits, const float* p, double temperature, double epsilon,
-               double delta, AcceptedPath& accepted);
+  static void greedy(const DraftTree& tree, const std::function<int32_t(int)>& choice,
+                     AcceptedPath& accepted);
+
+  // The trees of a step, sequence by sequence, when the device has done what it was asked before. `position`
+  // is that of the root. At most kMaxDecodeRows nodes together.
+  void clear();
+  void add_tree(const DraftTree& tree, const SamplingKey& key, int64_t position);
+  void add_none();
+  // Asks the device for what becomes of them; may be recorded. p (nodes, V): the target's distribution after
+  // each node; logits (nodes, V) are those p was made of.
+  void rejection(const kernels::Context& ctx, const kernels::Tensor& p);
+  void typical(const kernels::Context& ctx, const kernels::Tensor& logits, const kernels::Tensor& p,
+               const kernels::TypicalRule& rule);
+  // The accepted path of a sequence, once the device has been waited for.
+  void read(int64_t sequence, const DraftTree& tree, AcceptedPath& accepted) const;
 
  private:
-  int accept_child(const DraftTree& tree, int node, const float*& p, const SamplingKey& key,
-                   int64_t position);
-  bool reject(const float*& p, const float* q, int32_t token);
-  const float* without(const float* q, int32_t token);
-
-  int64_t vocabulary_;
-  std::vector<float> p_, q_;  // what is left after rejections
-  std::vector<double> score_;
+  kernels::DraftRows drafts() const;
+  int64_t batch_, sequences_ = 0, rows_ = 0;
+  SharedResult first_row_, parents_, tokens_, accept_, next_, q_, accepted_;
 };
 
 }  // namespace trainer

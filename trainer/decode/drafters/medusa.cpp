@@ -4,11 +4,11 @@
 #include <bit>
 #include <cmath>
 
-#include "kernels/core/row_math.h"
 #include "kernels/ops/cast.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/linear.h"
 #include "kernels/ops/sampling.h"
+#include "kernels/ops/speculation.h"
 
 namespace trainer {
 
@@ -52,11 +52,9 @@ MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const Draft
       memory_("drafter", ctx.device),
       asked_(ctx.device, DType::i32, {most_rows_ * (1 + heads_)}),
       top_(ctx.device, DType::i32, {most_rows_ * std::min(kTreeRanks, model.vocabulary())}),
+      chances_(ctx.device, DType::f32, {most_rows_ * std::min(kTreeRanks, model.vocabulary())}),
       rows_(most_rows_),
       candidates_(most_rows_ * std::min(kTreeRanks, model.vocabulary())),
-      left_(model.vocabulary()),
-      q_rows_(most_rows_),
-      q_host_(heads_),
       replay_(model.config().train.graph),
       nodes_(batch_ * kMaxDrafts),
       below_(batch_ * kMaxDrafts) {
@@ -170,52 +168,36 @@ void MedusaDrafter::head_logits(const Context& ctx, const Pass& pass) {
   if (!own_vocabulary_) model_.logits(ctx, hidden_.slice(0, pass.rows), logits_.slice(0, pass.rows));
 }
 
-void MedusaDrafter::rank_candidates(const Context& ctx, const Pass& pass) {
-  const Tensor flat = top_.tensor().slice(0, pass.rows * width_);
-  replay_(ctx, {pass.level, pass.rows, width_, 0}, [&] {
+// The likeliest candidates of each row or, where drafts are sampled, candidates drawn without replacement.
+void MedusaDrafter::find_candidates(const Context& ctx, const Pass& pass,
+                                    std::span<const SequenceView> sequences, const DraftSettings& settings) {
+  const Tensor logits = logits_.slice(0, pass.rows), q = q_.slice(pass.first, pass.rows);
+  const Tensor flat = top_.tensor().slice(0, pass.rows * width_), found = flat.view({pass.rows, width_});
+  if (settings.sample) take_chances(pass, sequences);
+  const float temperature = settings.sample ? static_cast<float>(settings.temperature) : 0;
+  replay_(ctx, {pass.level, pass.rows, width_, pass.first, std::bit_cast<int32_t>(temperature)}, [&] {
     head_logits(ctx, pass);
-    const Tensor logits = logits_.slice(0, pass.rows);
-    if (width_ == 1)
+    if (settings.sample) {
+      kernels::probabilities(ctx, logits, temperature, q);
+      kernels::draw(ctx, q, chances_.tensor().slice(0, pass.rows * width_).view(found.shape), found);
+    } else if (width_ == 1) {
       kernels::argmax(ctx, logits, flat);
-    else
-      kernels::top_k(ctx, logits, flat.view({pass.rows, width_}));
+    } else {
+      kernels::top_k(ctx, logits, found);
+    }
   });
   kernels::synchronize(ctx.device, ctx.stream);
   std::copy_n(top_.data<int32_t>(), pass.rows * width_, candidates_.begin() + pass.first * width_);
 }
 
-void MedusaDrafter::draw_candidates(const Context& ctx, const Pass& pass,
-                                    std::span<const SequenceView> sequences, double temperature) {
-  const float t = static_cast<float>(temperature);
-  const Tensor q = q_.slice(pass.first, pass.rows);
-  // No width is negative: what is drawn has keys of its own.
-  replay_(ctx, {pass.level, pass.rows, -1 - pass.first, std::bit_cast<int32_t>(t)}, [&] {
-    head_logits(ctx, pass);
-    kernels::probabilities(ctx, logits_.slice(0, pass.rows), t, q);
-  });
-  HostCopy& host = q_host_[pass.level];
-  host.send(ctx, q);
-  kernels::synchronize(ctx.device, ctx.stream);
-  for (int64_t row = pass.first; row < pass.first + pass.rows; ++row) {
-    q_rows_[row] = host.data<float>() + (row - pass.first) * model_.vocabulary();
-    draw_row(sequences[rows_[row].sequence], row, q_rows_[row]);
-  }
-}
-
-// Candidates of a row are drawn without replacement: rank r from q without the ranks before it.
-void MedusaDrafter::draw_row(const SequenceView& view, int64_t row, const float* q) {
-  const int64_t vocabulary = model_.vocabulary(), position = view.root_position() + rows_[row].level + 1;
-  for (int64_t rank = 0; rank < width_; ++rank) {
-    auto token = static_cast<int32_t>(
-        kernels::row_draw(q, vocabulary, view.key.draft(position, static_cast<int>(rank))));
-    if (q[token] <= 0) token = -1;
-    candidates_[row * width_ + rank] = token;
-    if (rank + 1 == width_ || token < 0) continue;
-    if (rank == 0) {
-      std::copy_n(q, vocabulary, left_.data());
-      q = left_.data();
-    }
-    left_[token] = 0;
+// The random numbers that draw the candidates of a pass.
+void MedusaDrafter::take_chances(const Pass& pass, std::span<const SequenceView> sequences) {
+  for (int64_t i = 0; i < pass.rows; ++i) {
+    const Row& row = rows_[pass.first + i];
+    const SequenceView& view = sequences[row.sequence];
+    for (int64_t rank = 0; rank < width_; ++rank)
+      chances_.tensor().as<float>()[i * width_ + rank] =
+          view.key.draft(view.root_position() + row.level + 1, static_cast<int>(rank));
   }
 }
 
@@ -229,7 +211,7 @@ void MedusaDrafter::grow(const Pass& pass, int64_t sequence, bool sampled, Draft
     drafted = kLeftOut;
     if (parent < 0 || row < 0) continue;
     const int32_t token = candidates_[row * width_ + shape_.ranks[i]];
-    if (token >= 0) drafted = tree.add(parent, token, sampled ? q_rows_[row] : nullptr, i);
+    if (token >= 0) drafted = tree.add(parent, token, sampled ? q_.slice(row, 1).as<float>() : nullptr, i);
   }
 }
 
@@ -240,10 +222,7 @@ void MedusaDrafter::propose(const Context& ctx, std::span<const SequenceView> se
   for (int64_t level = 0; level < levels;) {
     const Pass pass = begin_pass(level, levels, first, trees);
     if (pass.rows == 0) return;
-    if (settings.sample)
-      draw_candidates(ctx, pass, sequences, settings.temperature);
-    else
-      rank_candidates(ctx, pass);
+    find_candidates(ctx, pass, sequences, settings);
     for (size_t b = 0; b < sequences.size(); ++b)
       grow(pass, static_cast<int64_t>(b), settings.sample, trees[b]);
     level += pass.levels;

@@ -37,10 +37,9 @@ class MedusaDrafter : public Drafter {
   Pass begin_pass(int64_t level, int64_t levels, int64_t first, std::span<const DraftTree> trees);
   bool ask(int64_t row, int64_t level, int64_t first, int64_t sequence, int node, const DraftTree& tree);
   void head_logits(const Context& ctx, const Pass& pass);
-  void rank_candidates(const Context& ctx, const Pass& pass);
-  void draw_candidates(const Context& ctx, const Pass& pass, std::span<const SequenceView> sequences,
-                       double temperature);
-  void draw_row(const SequenceView& view, int64_t row, const float* q);
+  void find_candidates(const Context& ctx, const Pass& pass, std::span<const SequenceView> sequences,
+                       const DraftSettings& settings);
+  void take_chances(const Pass& pass, std::span<const SequenceView> sequences);
   void grow(const Pass& pass, int64_t sequence, bool sampled, DraftTree& tree);
   int& node(int64_t sequence, int draft) { return nodes_[sequence * kMaxDrafts + draft]; }
   int parent_node(int64_t sequence, int draft) {
@@ -64,12 +63,9 @@ class MedusaDrafter : public Drafter {
   Tensor q_;                // (rows, V) of all passes of a step
   // (rows) the sequence of each row of a pass, then (rows, level + 1) the tokens from the root to its node.
   SharedResult asked_;
-  SharedResult top_;  // (rows, width) of a pass
+  SharedResult top_, chances_;  // (rows, width) of a pass: candidates, and the random numbers that draw them
   std::vector<Row> rows_;
   std::vector<int32_t> candidates_;  // (rows, width); -1: no such candidate
-  std::vector<float> left_;
-  std::vector<const float*> q_rows_;
-  std::vector<HostCopy> q_host_;  // of each pass
   Replay replay_;
   std::vector<int> nodes_;      // (B, kMaxDrafts) tree node of each draft of the shape
   std::vector<int64_t> below_;  // (B, kMaxDrafts) row of the candidates below the root and each draft

@@ -4,8 +4,8 @@
 #include <array>
 #include <bit>
 
-#include "kernels/core/row_math.h"
 #include "kernels/ops/sampling.h"
+#include "kernels/ops/speculation.h"
 
 namespace trainer {
 
@@ -19,7 +19,8 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
       drafts_(params.max_drafts),
       memory_("drafter", ctx.device),
       rows_(ctx.device, 1),
-      argmax_(ctx.device, DType::i32, {params.batch, params.max_drafts}),
+      found_(ctx.device, DType::i32, {params.batch, params.max_drafts}),
+      chances_(ctx.device, DType::f32, {params.batch, params.max_drafts}),
       replay_(model.config().train.graph) {
   const DType compute = model.parameters().compute();
   const int64_t width = model.width(), waiting = 2 * kMaxDecodeRows;
@@ -38,7 +39,6 @@ MtpDrafter::MtpDrafter(const Context& ctx, const Model& model, const DrafterPara
     logits_ = memory_.allocate("mtp logits", DType::f32, {1, model.vocabulary()});
     q_ = memory_.allocate("mtp probabilities", DType::f32, {params.batch * max_drafts_, model.vocabulary()});
   }
-  q_host_.resize(params.batch * max_drafts_);
   text_.reserve(params.capacity + max_drafts_);
 }
 
@@ -72,7 +72,7 @@ Tensor MtpDrafter::run(const Context& ctx, int64_t b, int64_t k, DecodeState& st
 void MtpDrafter::fill_in_drafts(const Context& ctx, int64_t b, int64_t first, int64_t count) {
   const int64_t from = std::max(first, accepted_), drafts = first + count - from;
   if (!on_device_ || drafts <= 0) return;
-  copy_on_device(ctx, argmax_.tensor().slice(b, 1).columns(from - accepted_, drafts),
+  copy_on_device(ctx, found_.tensor().slice(b, 1).columns(from - accepted_, drafts),
                  rows_.tokens().slice(from - first, drafts));
 }
 
@@ -151,48 +151,33 @@ bool MtpDrafter::advance_beyond(const Context& ctx, int64_t b, int64_t root, int
   return true;
 }
 
-std::pair<const float*, int32_t> MtpDrafter::sample(const Context& ctx, int64_t b, const SequenceView& view,
-                                                    double temperature, int64_t draft) {
-  const int64_t row = b * max_drafts_ + draft - 1;
-  const Tensor p = q_.slice(row, 1);
-  const auto t = static_cast<float>(temperature);
-  replay_(ctx, {0, row + 1, std::bit_cast<int32_t>(t), b}, [&] {
+void MtpDrafter::take_draft(const Context& ctx, int64_t b, int64_t draft, const DraftSettings& settings) {
+  const float temperature = settings.sample ? static_cast<float>(settings.temperature) : 0;
+  const Tensor found = found_.tensor().slice(b, 1).columns(draft - 1, 1), q = q_.slice(row_of(b, draft), 1);
+  const Tensor chance = chances_.tensor().slice(b, 1).columns(draft - 1, 1);
+  replay_(ctx, {0, -draft, std::bit_cast<int32_t>(temperature), b}, [&] {
     model_.logits(ctx, sequences_[b].output, logits_);
-    kernels::probabilities(ctx, logits_, t, p);
-  });
-  q_host_[row].send(ctx, p);
-  kernels::synchronize(ctx.device, ctx.stream);
-  const float* q = q_host_[row].data<float>();
-  const float u = view.key.draft(view.root_position() + draft, 0);
-  return {q, static_cast<int32_t>(kernels::row_draw(q, model_.vocabulary(), u))};
-}
-
-void MtpDrafter::take_likeliest(const Context& ctx, int64_t b, int64_t draft) {
-  replay_(ctx, {0, -draft, 0, b}, [&] {
-    model_.logits(ctx, sequences_[b].output, logits_);
-    kernels::argmax(ctx, logits_, argmax_.tensor().slice(b, 1).columns(draft - 1, 1).view({1}));
+    if (!settings.sample) return kernels::argmax(ctx, logits_, found.view({1}));
+    kernels::probabilities(ctx, logits_, temperature, q);
+    kernels::draw(ctx, q, chance, found);
   });
 }
 
 int64_t MtpDrafter::propose_one(const Context& ctx, int64_t b, const SequenceView& view,
-                                const DraftSettings& settings, DraftTree& tree) {
+                                const DraftSettings& settings) {
   const int64_t root = view.root_position();
   const int64_t count = std::max<int64_t>(0, std::min({drafts_, view.max_depth, view.max_drafts}));
   text_.assign(view.tokens.begin(), view.tokens.end());
   accepted_ = static_cast<int64_t>(text_.size());
-  on_device_ = !settings.sample;
+  on_device_ = true;
+  for (int64_t draft = 1; draft <= count; ++draft)
+    chances_.tensor().slice(b, 1).as<float>()[draft - 1] = view.key.draft(root + draft, 0);
   for (int64_t draft = 1; draft <= count; ++draft) {
     const bool advanced = draft == 1 || (draft > modules_ ? advance_beyond(ctx, b, root, draft)
                                                           : advance_drafted(ctx, b, draft, root));
     if (!advanced) return draft - 1;
-    if (settings.sample) {
-      const auto [q, token] = sample(ctx, b, view, settings.temperature, draft);
-      tree.add(static_cast<int>(draft) - 1, token, q);
-      text_.push_back(token);
-    } else {
-      take_likeliest(ctx, b, draft);
-      text_.push_back(0);
-    }
+    take_draft(ctx, b, draft, settings);
+    text_.push_back(0);
   }
   return count;
 }
@@ -201,14 +186,14 @@ void MtpDrafter::propose(const Context& ctx, std::span<const SequenceView> seque
                          const DraftSettings& settings, std::span<DraftTree> trees) {
   std::array<int64_t, kMaxDecodeRows> counts{};
   for (size_t b = 0; b < sequences.size(); ++b)
-    if (sequences[b].active)
-      counts[b] = propose_one(ctx, static_cast<int64_t>(b), sequences[b], settings, trees[b]);
-  if (settings.sample) return;
+    if (sequences[b].active) counts[b] = propose_one(ctx, static_cast<int64_t>(b), sequences[b], settings);
   // The only wait: a draft goes from its logits to the rows of the next without the host.
   kernels::synchronize(ctx.device, ctx.stream);
-  for (size_t b = 0; b < sequences.size(); ++b)
-    for (int64_t i = 0; i < counts[b]; ++i)
-      trees[b].add(static_cast<int>(i), argmax_.data<int32_t>()[static_cast<int64_t>(b) * max_drafts_ + i]);
+  for (int64_t b = 0; b < static_cast<int64_t>(sequences.size()); ++b)
+    for (int64_t draft = 1; draft <= counts[b]; ++draft) {
+      const float* q = settings.sample ? q_.slice(row_of(b, draft), 1).as<float>() : nullptr;
+      trees[b].add(static_cast<int>(draft) - 1, found_.data<int32_t>()[row_of(b, draft)], q);
+    }
 }
 
 }  // namespace trainer

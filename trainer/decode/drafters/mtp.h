@@ -46,14 +46,13 @@ class MtpDrafter : public Drafter {
   void catch_up(const Context& ctx, int64_t b, std::span<const int32_t> tokens);
   bool advance_drafted(const Context& ctx, int64_t b, int64_t k, int64_t root);
   bool advance_beyond(const Context& ctx, int64_t b, int64_t root, int64_t draft);
-  // The distribution of a draft, and what is drawn from it.
-  std::pair<const float*, int32_t> sample(const Context& ctx, int64_t b, const SequenceView& view,
-                                          double temperature, int64_t draft);
-  // Draft number `draft` is the likeliest token, which stays on the device.
-  void take_likeliest(const Context& ctx, int64_t b, int64_t draft);
-  // How many drafts there are for sequence b. Sampled ones are in the tree, others on the device.
-  int64_t propose_one(const Context& ctx, int64_t b, const SequenceView& view, const DraftSettings& settings,
-                      DraftTree& tree);
+  // Where draft 1, 2, ... of a sequence stands among all, from 0.
+  int64_t row_of(int64_t b, int64_t draft) const { return b * max_drafts_ + draft - 1; }
+  // Draft number `draft` is the likeliest token or, where drafts are sampled, one that is drawn. It stays on
+  // the device.
+  void take_draft(const Context& ctx, int64_t b, int64_t draft, const DraftSettings& settings);
+  // How many drafts there are for sequence b, on the device.
+  int64_t propose_one(const Context& ctx, int64_t b, const SequenceView& view, const DraftSettings& settings);
 
   const Model& model_;
   int64_t modules_, max_drafts_, drafts_;
@@ -63,11 +62,10 @@ class MtpDrafter : public Drafter {
   Tensor hidden_;                 // (64, C): outputs of the latest run
   Tensor logits_;                 // (1, V)
   Tensor q_;                      // (B * max_drafts, V)
-  SharedResult argmax_;           // (B, max_drafts): the likeliest drafts
+  SharedResult found_, chances_;  // (B, max_drafts): drafts, and the random numbers that draw them
   std::vector<int32_t> text_;     // accepted tokens and drafts, of which the device may know more
   int64_t accepted_ = 0;          // tokens of text_ that are no drafts
-  bool on_device_ = false;        // drafts of text_ are placeholders for those in argmax_
-  std::vector<HostCopy> q_host_;  // (B * max_drafts)
+  bool on_device_ = false;        // drafts of text_ are placeholders for those in found_
   Replay replay_;
 };
 
