@@ -204,7 +204,8 @@ inline constexpr int kResident = kColumns == 1 && kInput != Input::norm ? 3 : 2;
 // A block has kSide panels at a time, against at most kColumns * 8 rows of x: it reads (and normalises) them
 // once for all its panels. What does not need the kernel ahead is done before waiting for it; then x is the
 // first to be asked for.
-template <typename T, int kColumns, int kSide, Input kInput, bool kWhole>
+// kOnce: it has one slice, and panels once.
+template <typename T, int kColumns, int kSide, Input kInput, bool kWhole, bool kOnce>
 __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_kernel(const RowsCall a) {
   using Share = Outputs<T, kColumns, kSide, kWhole, false>;
   using End = Ending<kColumns, Share>;
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
   if constexpr (Product::kLines) __syncthreads();
   for (int round = 0;; ++round) {
     product.clear();
-    for (int s = rank; s < slices; s += blocks) {
+    for (int s = rank; kOnce || s < slices; s += blocks) {
       const Slice slice = s == rank ? first : slice_of(a, s);
       if (loaded != s) {
         product.load_x(a, Way(a, slice, warp, lane), slice, warp, lane);
@@ -243,19 +244,19 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
       }
       loaded = s;
       product.multiply(a, slice, warp);
-      if (s + blocks >= slices) break;
+      if (kOnce || s + blocks >= slices) break;
       if constexpr (kSide > 1) __syncthreads();
       product.fetch(a, panel, slice_of(a, s + blocks), warp, lane);
     }
     // In flight while these panels are finished.
-    if (kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
+    if (!kOnce && kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, rows.partial[p][warp], lane);
     __syncthreads();
-    if (kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
+    if (!kOnce && kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, first, warp, lane);
     end(a, round, [](int, float sum) { return sum; });
     panel += step;
-    if (panel >= a.panels) break;
+    if (kOnce || panel >= a.panels) break;
     outputs.aim(a, panel);
     outputs.load_residual();
     end.next_round();
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kColumns, kInput>) rows_ke
 }
 
 // The same of a norm of x. A block has all inputs.
-template <typename T, int kColumns, int kSide>
+template <typename T, int kColumns, int kSide, bool kOnce>
 __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a) {
   using Share = Outputs<T, kColumns, kSide, true, true>;
   using End = Ending<kColumns, Share>;
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   typename Norm::Product product(shared_vectors);
   let_next_start();
   product.fetch(a, panel, all, warp, lane);
-  const Norm norm(a, warp, lane);
+  const Norm norm(a, warp, lane, shared);
   outputs.aim(a, panel);
   End end(rows.partial, from_blocks, outputs);
   typename Norm::Product::Way way(a, all, warp, lane);
@@ -292,14 +293,14 @@ __global__ void __launch_bounds__(kThreads, 2) norm_rows_kernel(const RowsCall a
   for (int round = 0;; ++round) {
     product.clear();
     product.multiply(a, all, warp);
-    if (kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
+    if (!kOnce && kSide == 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
 #pragma unroll
     for (int p = 0; p < kSide; ++p) product.store(p, rows.partial[p][warp], lane);
     __syncthreads();
-    if (kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
+    if (!kOnce && kSide > 1 && panel + step < a.panels) product.fetch(a, panel + step, all, warp, lane);
     end(a, round, [&](int i, float sum) { return shared.normed(outputs.row(i), outputs.sums(i), sum); });
     panel += step;
-    if (panel >= a.panels) break;
+    if (kOnce || panel >= a.panels) break;
     outputs.aim(a, panel);
     end.next_round();
   }
@@ -332,23 +333,30 @@ constexpr int kCrowd = kColumns == 1 || kInput == Input::elements ? 0
                        : kInput == Input::norm                    ? 1
                                                                   : 0;
 
+// Up to 8 rows a step is one wait behind another, and code without loops is shorter on its way; beyond, it
+// waits for weights and x and gains nothing by it.
+template <typename T, int kColumns, int kSide, Input kInput, bool kOnce>
+auto kernel_of(const RowsCall& a) {
+  if constexpr (kInput == Input::norm)
+    return norm_rows_kernel<T, kColumns, kSide, kOnce>;
+  else if constexpr (sizeof(T) == 2 && kInput == Input::vectors)
+    return a.slices == 1 ? rows_kernel<T, kColumns, kSide, kInput, true, kOnce>
+                         : rows_kernel<T, kColumns, kSide, kInput, false, kOnce>;
+  else
+    return rows_kernel<T, kColumns, kSide, kInput, false, false>;
+}
+
 template <typename T, int kColumns, int kSide, Input kInput>
 void launch_rows(const Context& ctx, const RowsCall& a, RowsGrid grid, int places) {
-  const auto kernel = [&] {
-    if constexpr (kInput == Input::norm)
-      return norm_rows_kernel<T, kColumns, kSide>;
-    else if constexpr (sizeof(T) == 2 && kInput == Input::vectors)
-      return a.slices == 1 ? rows_kernel<T, kColumns, kSide, kInput, true>
-                           : rows_kernel<T, kColumns, kSide, kInput, false>;
-    else
-      return rows_kernel<T, kColumns, kSide, kInput, false>;
-  }();
+  const int across = std::min(places, (a.panels + kSide - 1) / kSide);
+  const bool once = across * kSide >= a.panels && a.slices <= grid.cluster;
+  const auto kernel = kColumns == 1 && once ? kernel_of<T, kColumns, kSide, kInput, kColumns == 1>(a)
+                                            : kernel_of<T, kColumns, kSide, kInput, false>(a);
   constexpr int kMost = kCrowd<kColumns, kSide, kInput>;
   unsigned shared = BlockWeights<T, kSide>::kSharedBytes;
   if (sizeof(T) == 2 && kMost > 0 && grid.groups <= 2) shared = std::max(shared, crowd_shared(kernel, kMost));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
         "linear");
-  const int across = std::min(places, (a.panels + kSide - 1) / kSide);
   launch(ctx, "linear",
          {.grid = dim3(static_cast<unsigned>(across * grid.cluster), static_cast<unsigned>(grid.groups)),
           .block = dim3(kThreads),
