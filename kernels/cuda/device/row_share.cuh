@@ -57,7 +57,8 @@ class RowShare {
     int found = 0;
     if (place.warp == warp_) found = search(place, value);
     tell({__int_as_float(found), 0});
-    return __float_as_int(told(place.warp).x);
+    // By exchanging it every thread has it before the cluster may leave.
+    return __shfl_sync(0xffffffffu, lane_ == 0 ? __float_as_int(told(place.warp).x) : 0, 0);
   }
 
  private:

@@ -144,9 +144,11 @@ class BlockWeights {
     if constexpr (kShared) {
       __shared__ uint64_t arrived;
       arrived_ = shared_address(&arrived);
-      if (threadIdx.x != 0) return;
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived_) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived_) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      }
+      __syncwarp();  // the thread that asks for weights need not be the one that was here, for racecheck
     }
 #endif
   }
