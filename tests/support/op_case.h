@@ -115,6 +115,7 @@ std::vector<OpCase> optimizer_cases();
 std::vector<OpCase> rotary_cases();
 std::vector<OpCase> sampling_cases();
 std::vector<OpCase> softmax_attention_cases();
+std::vector<OpCase> speculation_cases();
 std::vector<OpCase> all_op_cases();
 
 }  // namespace support

@@ -16,6 +16,7 @@ std::vector<OpCase> all_op_cases() {
            rotary_cases,
            sampling_cases,
            softmax_attention_cases,
+           speculation_cases,
        })
     for (auto& row : family()) all.push_back(std::move(row));
   return all;
