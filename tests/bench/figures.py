@@ -196,9 +196,9 @@ def gpu_proofs():
     if sanitized:
         tools = sanitized["tools"]
         found = ", ".join(f"{n} {t['errors'] + t['of_the_host']} in {t['tests']} tests" for n, t in tools.items())
-        for what, problem in (("ran out of time", "summary"), ("had failing tests", "tests failed")):
-            parts = sum(problem in p for p in sanitized["problems"])
-            found += f"; {parts} parts {what}" * (parts > 0)
+        for what, said in (("failed", "failed"), ("not_ended", "not ended in time")):
+            parts = ", ".join(f"{n} {len(tool[what])}" for n, tool in tools.items() if tool[what])
+            found += f"; {said}: {parts}" * (parts != "")
         unseen = ", ".join(f"{n} {t['not_printed']:,}" for n, t in tools.items() if t["not_printed"])
         found += f"; not printed, and so of no known kernel: {unseen}" * (unseen != "") + older(sanitized)
         theirs = ", ".join(name for name, tool in tools.items() if tool["in_libraries"])
@@ -209,7 +209,9 @@ def gpu_proofs():
         work = f"losses of {losses['steps']} steps from PyTorch's weights, largest relative difference"
         found = ", ".join(f"{p} {d:.1e}" for p, d in losses["largest_relative_difference"].items())
         torch = losses["peer_versions"]["torch"].split("+")[0]
-        table.append((work, found, f"PyTorch {torch}", "", f"{losses['allowed']:.1e}"))
+        half, full = losses["peer"]["fp16"], losses["peer"]["fp32"]
+        own = max(abs(a / b - 1) for a, b in zip(half, full))
+        table.append((work, found, f"PyTorch {torch}, its own fp16 beside its fp32: {own:.1e}", "", f"{losses['allowed']:.1e}"))
     if precision:
         tokens = precision["curves"]["fp32"]["tokens"][-1]
         half, full = (precision[p]["loss"] for p in ("fp16", "fp32"))
@@ -220,7 +222,9 @@ def gpu_proofs():
 
 def render_gpu():
     rows = gpu_training() + gpu_memory() + gpu_linear_attention() + gpu_decoding() + gpu_proofs()
-    rows += [(*row, "", "") for row in speculation("gpu_real", "124M on Python sources")]
+    name = "124M on Python sources"
+    two_gpus = speculation("gpu_real_2", f"{name}, stopped on one GPU and finished on two")[:1]
+    rows += [(*row, "", "") for row in two_gpus + speculation("gpu_real_1", name)]
     if not rows:
         return []
     contexts = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("gpu_*.json"))]

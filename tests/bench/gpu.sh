@@ -15,7 +15,7 @@
 #   VOCABULARY TOKENIZER     of the prepared text: a size (50304), or a SentencePiece model instead of training one
 #   TEXT         folders of Python sources; MAX_BYTES of them      STEPS REPEATS    timed steps of peers, repeats of ours
 #   SANITIZE     which tests (a gtest filter)      SANITIZE_SECONDS      longest time of one tool
-#   SANITIZE_TOOLS    memcheck racecheck initcheck synccheck
+#   SANITIZE_TOOLS    memcheck synccheck initcheck racecheck      SANITIZE_JOBS SANITIZE_BATCH    at a time; tests of one
 #   LOSS_STEPS LOSS_BATCH PRECISION_TOKENS PRECISION_GPUS REAL_SECONDS REAL_CONTEXT REAL_BATCH
 set -uo pipefail
 shopt -s inherit_errexit
@@ -132,28 +132,46 @@ part_parity() {
   result tests "$results/gpu_parity.json" "${reports[@]}"
 }
 
+# sanitize_one TOOL N TESTS: some tests in a process of their own, so that one that ends badly takes no other with it.
+sanitize_one() {
+  local left=$((SANITIZE_END - $(date +%s))) only=()
+  # Errors of our kernels. The libraries' own fail too: cuDNN's backward stops threads at a barrier that others have
+  # left, cuBLASLt's aligned products end with an illegal access under racecheck alone. The other tools have to see
+  # what the libraries write.
+  case $1 in racecheck | synccheck) only=(--kernel-name kns=kernels4cuda) ;; esac
+  if [ "$left" -gt 0 ]; then
+    timeout "$left" compute-sanitizer --tool "$1" --print-limit 100000 "${only[@]}" "$SANITIZED" --gtest_filter="$3"
+  fi >"$work/sanitize/$1.$2.log" 2>&1
+  echo "asked for: $3" >>"$work/sanitize/$1.$2.log"
+}
+
+# sanitize_batches TOOL: its tests, as TOOL NUMBER TESTS. Those of decoding come last: they are thousands of launches.
+sanitize_batches() {
+  local filter=${SANITIZE:-*Cuda*}
+  # Under racecheck these end with the library's illegal access even where it is not looked at.
+  if [ "$1" = racecheck ]; then
+    filter+=":-CudaLinear.*:CudaSoftmax.*:*/linear_add*:*/linear_gelu*:*/linear_aligned*:*/linear_bias*"
+  fi
+  "$SANITIZED" --gtest_list_tests --gtest_filter="$filter" |
+    awk '/^[^ ]/ { suite = $1; next } /^  / { print suite ~ /Decode|Rows|Speculation/, suite $1 }' | sort -s -n -k1,1 |
+    awk -v tool="$1" -v most="${SANITIZE_BATCH:-4}" '
+      { tests = tests (n ? ":" : "") $2; if (++n == most) { print tool, ++batch, tests; n = 0; tests = "" } }
+      END { if (n) print tool, ++batch, tests }'
+}
+
 part_sanitize() {
-  local tests tool shard shards=$(($(nproc) / 4 + 1)) pids=() logs=() only filter
-  tests=$(program kernels_test)
-  [ -n "$tests" ]
-  # Beside each other: what takes the time is one thread of the host in each.
-  for tool in ${SANITIZE_TOOLS:-memcheck racecheck initcheck synccheck}; do
-    filter=${SANITIZE:-*Cuda*}
-    only=()
-    # Races within our kernels. The libraries' kernels for aligned products and attention end with an illegal access
-    # under racecheck, instrumented or not, and under nothing else. initcheck has to see what they write.
-    if [ "$tool" = racecheck ]; then
-      only=(--kernel-name kns=kernels4cuda)
-      filter+=":-CudaLinear.*:CudaSoftmax.*:*/linear_add*:*/linear_gelu*:*/linear_aligned*:*/linear_bias*"
-    fi
-    for ((shard = 0; shard < shards; ++shard)); do
-      GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard timeout "${SANITIZE_SECONDS:-$(sized 3000 240)}" \
-        compute-sanitizer --tool "$tool" --print-limit 100000 "${only[@]}" "$tests" --gtest_filter="$filter" >"$work/$tool.$shard.log" 2>&1 &
-      pids+=($!)
-      logs+=("$tool=$work/$tool.$shard.log")
-    done
+  local tool logs=() log
+  SANITIZED=$(program kernels_test)
+  [ -n "$SANITIZED" ]
+  export work SANITIZED SANITIZE_END
+  export -f sanitize_one
+  rm -rf "$work/sanitize" && mkdir "$work/sanitize"
+  # One tool after another: beside kernels under racecheck or initcheck all others wait.
+  for tool in ${SANITIZE_TOOLS:-memcheck synccheck initcheck racecheck}; do
+    SANITIZE_END=$(($(date +%s) + ${SANITIZE_SECONDS:-$(sized 3000 240)}))
+    sanitize_batches "$tool" | xargs -P "${SANITIZE_JOBS:-$(($(nproc) / 2))}" -L 1 bash -c 'sanitize_one "$@"' sanitize_one
   done
-  wait "${pids[@]}" || true
+  for log in "$work"/sanitize/*.log; do logs+=("$(basename "${log%%.*}")=$log"); done
   result sanitizers "$results/gpu_sanitize.json" "${logs[@]}"
 }
 
@@ -287,7 +305,7 @@ first_half() {
 }
 
 part_real() {
-  local run=$work/real batch=${REAL_BATCH:-16} context=${REAL_CONTEXT:-4096} count set rc=0 ranks=1
+  local run=$work/real batch=${REAL_BATCH:-16} context=${REAL_CONTEXT:-4096} count set to rc=0 ranks=1
   prepare
   set=(data.path="$work/files" heads.medusa=4 heads.medusa_sequential=true heads.mtp=1 model.context="$context"
     train.batch="$batch" train.micro_batch=$((batch / 2)) decode.prompt_tokens=128 decode.no_repeat=-1 decode.batches="$(sized 200 50)")
@@ -304,10 +322,11 @@ part_real() {
   on_gpus $ranks "${arguments[@]}" --resume auto
   foretell inspect "$run" --verify
   foretell evaluate "$run" --output "$work/report" --set train.device=cuda
-  mkdir -p "$results/gpu_real"
-  cp "$work/report/report.json" "$run/config.resolved.cfg" "$results/gpu_real/"
+  to=$results/gpu_real_$ranks
+  mkdir -p "$to"
+  cp "$work/report/report.json" "$run/config.resolved.cfg" "$to/"
   echo "half on 1 GPU, the rest on $ranks"
-  result curve "$results/gpu_real/curve.json" "$run/metrics.jsonl"
+  result curve "$to/curve.json" "$run/metrics.jsonl"
 }
 
 parts=("$@")
