@@ -18,8 +18,9 @@ if clang-format --version 2>/dev/null | grep -q 'version 14\.' && git rev-parse 
 fi
 
 if command -v python3 >/dev/null; then
-  stage "figures of the README"
+  stage "figures of the README, and what reads the results of GPUs"
   tests/bench/figures.py --check
+  tests/bench/gpu_results_test.py
 fi
 
 stage "building into build-test/"

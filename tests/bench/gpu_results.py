@@ -119,13 +119,14 @@ def sanitizers(out, *logs):
         content = pathlib.Path(path).read_text(errors="replace")
         tool = tools.setdefault(name, {"tests": 0, "failed": [], "not_ended": [], "errors": 0, "of_the_host": 0,
                                        "warnings": 0, "not_printed": 0, "in_libraries": {}})
-        of = lambda result: set(re.findall(rf"^\[ +{result} \] ([^ ,]+).* \(\d+ ms\)$", content, re.M))
+        of = lambda result: set(re.findall(rf"^\[ +{result} +\] ([^ ,]+).* \(\d+ ms\)$", content, re.M))
         asked.setdefault(name, set()).update(re.findall(r"^asked for: (.+)$", content, re.M)[-1].split(":"))
         ended.setdefault(name, set()).update(of("OK") | of("SKIPPED"))
         tool["failed"] = sorted({*tool["failed"], *of("FAILED")})
         tool["tests"] = len(ended[name])
         tool["not_ended"] = sorted(asked[name] - ended[name] - {*tool["failed"]})
-        printed = re.findall(r"=========     at (.+)", content)
+        printed = re.findall(r"^=========     at (.+)|^========= Error: Race reported between \w+ access at (.+)", content, re.M)
+        printed = [a or b for a, b in printed]
         for place in (re.sub(r"^void |[<+(].*", "", p) or p for p in printed):
             if "kernels::cuda" in place:
                 tool["errors"] += 1
@@ -134,7 +135,7 @@ def sanitizers(out, *logs):
         calls = re.findall(r"========= Program hit (\w+)", content)
         host = content.count("========= Host API memory access error")
         tool["of_the_host"] += host + len(calls) - calls.count("cudaErrorMemoryAllocation")
-        tool["warnings"] += sum(int(n) for n in re.findall(r"RACECHECK SUMMARY: .*, (\d+) warning", content))
+        tool["warnings"] += content.count("========= Warning: Race")
         found = re.findall(r"ERROR SUMMARY: ([\d,]+) error|RACECHECK SUMMARY: [\d,]+ hazards? displayed \(([\d,]+) error", content)
         counted = sum(int((x or y).replace(",", "")) for x, y in found)
         tool["not_printed"] += max(counted - len(printed) - host - len(calls), 0)
