@@ -60,7 +60,7 @@ TEST_F(CudaSampling, ChoosesAsTheCpuDoes) {
       const auto values = awkward_values(3 * columns, static_cast<uint64_t>(columns));
       EXPECT_EQ(argmax_on(kGpu, dtype, 3, values), argmax_on({}, dtype, 3, values)) << columns;
       for (int64_t k : {1, 10, 32, 70, 333}) {
-        if (k > columns) continue;
+        if (k > columns || k * columns > 4'000'000) continue;  // minutes under a race detector
         EXPECT_EQ(top_k_on(kGpu, dtype, 3, values, k), top_k_on({}, dtype, 3, values, k))
             << k << " of " << columns << " in " << name_of(dtype);
       }
