@@ -147,14 +147,27 @@ TEST_F(DecodeCuda, CapturedEqualsEager) {
   }
 }
 
-// In fp32 the GPU writes the CPU's text, as far as rounding leaves the choice alone: sums of some hundred
-// terms in another order move a logit by about 1e-5 of its size, and the choices of these texts are clearer.
-TEST_F(DecodeCuda, WritesTheTextOfTheCpu) {
-  const TinyOptions options;
-  const auto cpu = tiny_model(options), gpu = on_gpu(options, true);
-  Decoder there(kOnGpu, *gpu, 1, kCapacity), here({}, *cpu, 1, kCapacity);
-  const Prompts prompts = {random_tokens(30, 8)};
-  EXPECT_EQ(texts(there.run(prompts, settings())), texts(here.run(prompts, settings())));
+// In fp32 the GPU writes the CPU's text and drafts what the CPU drafts, as far as rounding leaves the choice
+// alone: sums of some hundred terms in another order move a logit by about 1e-5 of its size, and the choices
+// of these texts are clearer.
+TEST_F(DecodeCuda, WritesTheTextOfTheCpuAndItsDrafts) {
+  TinyOptions options;
+  for (const bool sequential : {false, true}) {
+    options.medusa_sequential = sequential;
+    const auto cpu = tiny_model(options), gpu = on_gpu(options, true);
+    Decoder there(kOnGpu, *gpu, 1, kCapacity), here({}, *cpu, 1, kCapacity);
+    const Prompts prompts = {random_tokens(30, 8)};
+    EXPECT_EQ(texts(there.run(prompts, settings())), texts(here.run(prompts, settings())));
+    for (const DrafterKind& kind : drafters()) {
+      const auto a = make_drafter(there, kind.name, gpu->config().decode);
+      const auto b = make_drafter(here, kind.name, cpu->config().decode);
+      const DecodeRun run = there.run(prompts, settings(), a.get()),
+                      expected = here.run(prompts, settings(), b.get());
+      EXPECT_EQ(texts(run), texts(expected)) << kind.name;
+      EXPECT_EQ(run.drafted, expected.drafted) << kind.name;
+      EXPECT_EQ(run.accepted, expected.accepted) << kind.name;
+    }
+  }
 }
 
 // One token of text is the prefill's: no step follows.
@@ -171,18 +184,22 @@ TEST_F(DecodeCuda, APrefillIsRecorded) {
 }
 
 // However many drafts: each goes on from the one ahead on the device.
-TEST_F(DecodeCuda, MtpDraftsWaitOnce) {
-  const auto model = on_gpu({}, true);
+TEST_F(DecodeCuda, DraftsOfAChainWaitOnce) {
+  TinyOptions options;
+  options.medusa_sequential = true;
+  const auto model = on_gpu(options, true);
   Decoder decoder(kOnGpu, *model, 1, kCapacity);
-  const auto drafter = make_drafter(decoder, "mtp", model->config().decode);
-  const Prompts prompts = {random_tokens(20, 5)};
-  decoder.run(prompts, settings(), drafter.get());
-  const auto& counters = kernels::device_counters();
-  const int64_t waits = counters.synchronizations;
-  const DecodeRun run = decoder.run(prompts, settings(), drafter.get());
-  // Drafts and verification; ahead of them a fresh state and the prefill's token.
-  EXPECT_LE(counters.synchronizations - waits, 2 * run.steps + 4);
-  EXPECT_GT(run.drafted[1], 0) << "one draft at a time";
+  for (const char* name : {"mtp", "medusa"}) {
+    const auto drafter = make_drafter(decoder, name, model->config().decode);
+    const Prompts prompts = {random_tokens(20, 5)};
+    decoder.run(prompts, settings(), drafter.get());
+    const auto& counters = kernels::device_counters();
+    const int64_t waits = counters.synchronizations;
+    const DecodeRun run = decoder.run(prompts, settings(), drafter.get());
+    // Drafts and verification; ahead of them a fresh state and the prefill's token.
+    EXPECT_LE(counters.synchronizations - waits, 2 * run.steps + 4) << name;
+    EXPECT_GT(run.drafted[1], 0) << name << ": one draft at a time";
+  }
 }
 
 // After the first steps nothing is allocated, and a plain step waits once.

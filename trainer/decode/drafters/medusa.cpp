@@ -43,6 +43,7 @@ MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const Draft
     : model_(model),
       kind_(kind),
       sequential_(model.config().heads.medusa_sequential),
+      leads_on_(sequential_ && kind == Kind::chain && params.batch == 1),
       own_vocabulary_(model.config().heads.medusa_vocabulary == "own"),
       batch_(params.batch),
       heads_(std::min(model.config().heads.medusa, kernels::kMaxDecodeRows / params.batch)),
@@ -51,7 +52,7 @@ MedusaDrafter::MedusaDrafter(const Context& ctx, const Model& model, const Draft
       most_rows_(std::min(kernels::kMaxDecodeRows, batch_ * max_drafts_)),
       memory_("drafter", ctx.device),
       asked_(ctx.device, DType::i32, {most_rows_ * (1 + heads_)}),
-      top_(ctx.device, DType::i32, {most_rows_ * std::min(kTreeRanks, model.vocabulary())}),
+      top_(ctx.device, DType::i32, {1 + most_rows_ * std::min(kTreeRanks, model.vocabulary())}),
       chances_(ctx.device, DType::f32, {most_rows_ * std::min(kTreeRanks, model.vocabulary())}),
       rows_(most_rows_),
       candidates_(most_rows_ * std::min(kTreeRanks, model.vocabulary())),
@@ -120,15 +121,18 @@ int64_t MedusaDrafter::plan(std::span<const SequenceView> sequences) {
 }
 
 // Gives every node that has drafts planned below it a row. Siblings come in order of their ranks, so the
-// first of them has rank 0. Heads that are not sequential know all levels from one row a sequence.
+// first of them has rank 0. Heads that are not sequential know all levels from one row a sequence, and those
+// of a chain that leads on have one a level.
 MedusaDrafter::Pass MedusaDrafter::begin_pass(int64_t level, int64_t levels, int64_t first,
                                               std::span<const DraftTree> trees) {
-  Pass pass{level, sequential_ ? 1 : levels, first, sequential_ ? 0 : levels * batch_};
+  const bool by_level = sequential_ && !leads_on_;
+  Pass pass{level, by_level ? 1 : levels, first, by_level ? 0 : levels * batch_};
   for (int64_t row = 0; row < pass.rows; ++row) rows_[row] = {row % batch_, row / batch_};
+  if (leads_on_) top_.tensor().as<int32_t>()[0] = trees[0].token(0);
   for (int64_t b = 0; b < static_cast<int64_t>(trees.size()); ++b)
     for (int i = 0; i < shape_.size(); ++i) {
       if (node(b, i) != kPlanned) continue;
-      if (!sequential_) {
+      if (!by_level) {
         row_below(b, i) = (shape_.depths[i] - 1) * batch_ + b;
       } else if (shape_.depths[i] == level + 1 && shape_.ranks[i] == 0) {
         const bool asked = ask(first + pass.rows, level, first, b, parent_node(b, i), trees[b]);
@@ -151,43 +155,58 @@ bool MedusaDrafter::ask(int64_t row, int64_t level, int64_t first, int64_t seque
   return true;
 }
 
-void MedusaDrafter::head_logits(const Context& ctx, const Pass& pass) {
+// Logits of levels [begin, end) of a pass.
+void MedusaDrafter::head_logits(const Context& ctx, const Pass& pass, int64_t begin, int64_t end) {
   const Tensor asked = asked_.tensor();
   Tensor inputs = last_hidden_, tokens;
-  if (sequential_) {
+  if (leads_on_) {
+    tokens = top_.tensor().slice(0, begin + 1).view({1, begin + 1});
+  } else if (sequential_) {
     inputs = inputs_.slice(0, pass.rows);
     kernels::embedding(ctx, asked.slice(0, pass.rows), last_hidden_, {}, {}, inputs);
     tokens = asked.slice(most_rows_, pass.rows * (pass.level + 1)).view({pass.rows, pass.level + 1});
   }
   const int64_t count = inputs.rows();
-  for (int64_t k = 0; k < pass.levels; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
     const Tensor rows = hidden_.slice(k * count, count);
     model_.medusa_hidden(ctx, pass.level + k, inputs, tokens, rows);
     if (own_vocabulary_) model_.logits(ctx, rows, logits_.slice(k * count, count), pass.level + k);
   }
-  if (!own_vocabulary_) model_.logits(ctx, hidden_.slice(0, pass.rows), logits_.slice(0, pass.rows));
+  const int64_t first = begin * count, rows = (end - begin) * count;
+  if (!own_vocabulary_) model_.logits(ctx, hidden_.slice(first, rows), logits_.slice(first, rows));
 }
 
-// The likeliest candidates of each row or, where drafts are sampled, candidates drawn without replacement.
+// Of rows [first, first + rows) of a pass the likeliest candidates or, where drafts are sampled, candidates
+// drawn without replacement.
+void MedusaDrafter::choose(const Context& ctx, const Pass& pass, int64_t first, int64_t rows,
+                           const DraftSettings& settings) {
+  const Tensor logits = logits_.slice(first, rows), q = q_.slice(pass.first + first, rows);
+  const Tensor flat = top_.tensor().slice(1 + first * width_, rows * width_);
+  const Tensor chances = chances_.tensor().slice(first * width_, rows * width_);
+  if (settings.sample) {
+    kernels::probabilities(ctx, logits, static_cast<float>(settings.temperature), q);
+    kernels::draw(ctx, q, chances.view({rows, width_}), flat.view({rows, width_}));
+  } else if (width_ == 1) {
+    kernels::argmax(ctx, logits, flat);
+  } else {
+    kernels::top_k(ctx, logits, flat.view({rows, width_}));
+  }
+}
+
+// All levels at once, or one after another where each reads the candidates of the one before.
 void MedusaDrafter::find_candidates(const Context& ctx, const Pass& pass,
                                     std::span<const SequenceView> sequences, const DraftSettings& settings) {
-  const Tensor logits = logits_.slice(0, pass.rows), q = q_.slice(pass.first, pass.rows);
-  const Tensor flat = top_.tensor().slice(0, pass.rows * width_), found = flat.view({pass.rows, width_});
   if (settings.sample) take_chances(pass, sequences);
   const float temperature = settings.sample ? static_cast<float>(settings.temperature) : 0;
+  const int64_t at_once = leads_on_ ? 1 : pass.levels, rows = pass.rows / pass.levels * at_once;
   replay_(ctx, {pass.level, pass.rows, width_, pass.first, std::bit_cast<int32_t>(temperature)}, [&] {
-    head_logits(ctx, pass);
-    if (settings.sample) {
-      kernels::probabilities(ctx, logits, temperature, q);
-      kernels::draw(ctx, q, chances_.tensor().slice(0, pass.rows * width_).view(found.shape), found);
-    } else if (width_ == 1) {
-      kernels::argmax(ctx, logits, flat);
-    } else {
-      kernels::top_k(ctx, logits, found);
+    for (int64_t k = 0; k < pass.levels; k += at_once) {
+      head_logits(ctx, pass, k, k + at_once);
+      choose(ctx, pass, k * rows, rows, settings);
     }
   });
   kernels::synchronize(ctx.device, ctx.stream);
-  std::copy_n(top_.data<int32_t>(), pass.rows * width_, candidates_.begin() + pass.first * width_);
+  std::copy_n(top_.data<int32_t>() + 1, pass.rows * width_, candidates_.begin() + pass.first * width_);
 }
 
 // The random numbers that draw the candidates of a pass.

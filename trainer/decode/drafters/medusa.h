@@ -25,7 +25,7 @@ class MedusaDrafter : public Drafter {
 
  private:
   // Candidates that are computed together: of one level with sequential heads, which read the drafts above,
-  // of all levels otherwise.
+  // of all levels otherwise, and for a chain of one sequence, whose candidates the device reads by itself.
   struct Pass {
     int64_t level, levels, first, rows;  // rows_[first, first + rows)
   };
@@ -36,7 +36,9 @@ class MedusaDrafter : public Drafter {
   int64_t plan(std::span<const SequenceView> sequences);
   Pass begin_pass(int64_t level, int64_t levels, int64_t first, std::span<const DraftTree> trees);
   bool ask(int64_t row, int64_t level, int64_t first, int64_t sequence, int node, const DraftTree& tree);
-  void head_logits(const Context& ctx, const Pass& pass);
+  void head_logits(const Context& ctx, const Pass& pass, int64_t begin, int64_t end);
+  void choose(const Context& ctx, const Pass& pass, int64_t first, int64_t rows,
+              const DraftSettings& settings);
   void find_candidates(const Context& ctx, const Pass& pass, std::span<const SequenceView> sequences,
                        const DraftSettings& settings);
   void take_chances(const Pass& pass, std::span<const SequenceView> sequences);
@@ -53,7 +55,7 @@ class MedusaDrafter : public Drafter {
   static constexpr int64_t kMaxDrafts = kernels::kMaxDecodeRows;  // and the root
   const Model& model_;
   Kind kind_;
-  bool sequential_, own_vocabulary_;
+  bool sequential_, leads_on_, own_vocabulary_;
   int64_t batch_, heads_, max_drafts_, drafts_, most_rows_, width_ = 1;
   TreeShape shape_;
   kernels::Arena memory_;
@@ -63,7 +65,9 @@ class MedusaDrafter : public Drafter {
   Tensor q_;                // (rows, V) of all passes of a step
   // (rows) the sequence of each row of a pass, then (rows, level + 1) the tokens from the root to its node.
   SharedResult asked_;
-  SharedResult top_, chances_;  // (rows, width) of a pass: candidates, and the random numbers that draw them
+  // (rows, width) of a pass: candidates, ahead of them the root where a chain leads on, and the random
+  // numbers that draw them.
+  SharedResult top_, chances_;
   std::vector<Row> rows_;
   std::vector<int32_t> candidates_;  // (rows, width); -1: no such candidate
   Replay replay_;
