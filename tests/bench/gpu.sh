@@ -140,7 +140,7 @@ sanitize_one() {
   # what the libraries write.
   case $1 in racecheck | synccheck) only=(--kernel-name kns=kernels4cuda) ;; esac
   if [ "$left" -gt 0 ]; then
-    timeout "$left" compute-sanitizer --tool "$1" --print-limit 100000 "${only[@]}" "$SANITIZED" --gtest_filter="$3"
+    timeout "$left" compute-sanitizer --tool "$1" --print-limit 1000000 --show-backtrace device "${only[@]}" "$SANITIZED" --gtest_filter="$3"
   fi >"$work/sanitize/$1.$2.log" 2>&1
   echo "asked for: $3" >>"$work/sanitize/$1.$2.log"
 }

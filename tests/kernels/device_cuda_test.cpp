@@ -6,6 +6,7 @@
 #include "kernels/core/device.h"
 #include "kernels/core/error.h"
 #include "kernels/core/stream.h"
+#include "kernels/ops/cast.h"
 
 namespace kernels {
 namespace {
@@ -40,6 +41,10 @@ TEST(CudaDevice, ACopyHasEndedWhenItReturns) {
   auto* from = static_cast<char*>(allocate_bytes(kGpu, kBytes));
   auto* to = static_cast<char*>(allocate_bytes(kGpu, kBytes));
   void* seen = allocate_bytes(kGpu, sizeof(int));
+  Context ctx;
+  ctx.device = kGpu;
+  // All of what is copied was written, as initcheck asks.
+  for (void* data : {from, to}) fill(ctx, Tensor(data, DType::f32, {kBytes / 4}, kGpu), 0);
   const int old = 1, sent = 7;
   copy_bytes(to + kBytes - sizeof(int), kGpu, &old, {}, sizeof(int));
   copy_bytes(from + kBytes - sizeof(int), kGpu, &sent, {}, sizeof(int));

@@ -2,6 +2,8 @@
 // do.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "kernels/core/stream.h"
 #include "tests/trainer/decode_model.h"
 #include "trainer/decode/costs.h"
@@ -181,6 +183,26 @@ TEST_F(DecodeCuda, APrefillIsRecorded) {
   EXPECT_FALSE(decoder.captured());
   for (int again = 0; again < 2; ++again) EXPECT_EQ(texts(decoder.run(prompts, first)), texts(eager));
   EXPECT_TRUE(decoder.captured());
+}
+
+// Drafts that nothing could be drawn for are -1 until the host sees them: rows of the embedding on the
+// device.
+TEST_F(DecodeCuda, AModelOfNaNWritesTokens) {
+  TinyOptions options;
+  options.sharpness = std::numeric_limits<double>::quiet_NaN();
+  const Prompts prompts = {random_tokens(20, 5)};
+  for (const bool sequential : {false, true}) {
+    options.medusa_sequential = sequential;
+    const auto model = on_gpu(options, true);
+    Decoder decoder(kOnGpu, *model, 1, kCapacity);
+    for (const DrafterKind& kind : drafters())
+      for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
+        const auto drafter = make_drafter(decoder, kind.name, model->config().decode);
+        const DecodeRun run = decoder.run(prompts, settings(rule), drafter.get());
+        for (const int32_t token : run.sequences[0].tokens)
+          ASSERT_TRUE(token >= 0 && token < options.vocabulary) << kind.name << " " << to_string(rule);
+      }
+  }
 }
 
 // However many drafts: each goes on from the one ahead on the device.

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/ops/sampling.h"
 #include "tests/trainer/decode_model.h"
@@ -288,6 +289,34 @@ TEST(Drafters, MtpProposesWhatItsDepthsSayOfTheWholeText) {
       EXPECT_EQ(decoder.run(prompts, settings, &checked).sequences[0].tokens, plain.tokens);
       EXPECT_LT(checked.steps() - steps, 60);
     }
+}
+
+// A model that has diverged has nothing to draw drafts from, and its text is still made of tokens.
+TEST(Drafters, OfAModelOfNaNProposeTokensOrNothing) {
+  const Context ctx;
+  const std::vector<std::vector<int32_t>> prompts = {random_tokens(20, 5), random_tokens(9, 6)};
+  for (const bool sequential : {false, true}) {
+    TinyOptions options;
+    options.medusa_sequential = sequential;
+    options.mtp = 2;
+    options.sharpness = std::numeric_limits<double>::quiet_NaN();
+    const auto model = tiny_model(options);
+    Decoder decoder(ctx, *model, 2, 256);
+    for (const char* name : {"medusa", "medusa_tree", "mtp"})
+      for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
+        const auto drafter = make_drafter(decoder, name, model->config().decode);
+        DecodeSettings settings;
+        settings.max_tokens = 70;
+        settings.acceptance = rule;
+        settings.temperature = rule == Acceptance::greedy ? 0 : 1;
+        const DecodeRun run = decoder.run(prompts, settings, drafter.get());
+        for (const DecodedSequence& sequence : run.sequences) {
+          EXPECT_EQ(sequence.tokens.size(), 70u);
+          for (const int32_t token : sequence.tokens)
+            ASSERT_TRUE(token >= 0 && token < options.vocabulary) << name << " " << to_string(rule);
+        }
+      }
+  }
 }
 
 }  // namespace

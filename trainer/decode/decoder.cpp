@@ -209,6 +209,7 @@ void Decoder::draft(Drafter* drafter) {
 }
 
 void Decoder::add_to_verifier(int64_t b, bool has_rows) {
+  if (settings_.acceptance == Acceptance::greedy) return;  // argmax alone decides
   if (has_rows)
     verifier_.add_tree(trees_[b], {settings_.seed, static_cast<uint64_t>(b)}, committed(b));
   else

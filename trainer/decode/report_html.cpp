@@ -167,14 +167,13 @@ std::string time_split(const Report& report) {
                           0,
                           0});
   }
-  return section("Where the time goes",
-                 "One step of each way of decoding, and how many tokens it yields. Verify is the pass "
-                 "through the model, "
-                 "above temperature 0 with the decision which drafts are accepted; sample is what the host "
-                 "does with its "
-                 "answer, such as comparing drafts with the likeliest tokens; commit keeps the accepted rows "
-                 "of the caches.",
-                 to_svg(chart));
+  return section(
+      "Where the time goes",
+      "One step of each way of decoding, and how many tokens it yields. Verify is the pass through "
+      "the model, above temperature 0 with the decision which drafts are accepted; sample is what "
+      "the host does with its answer, such as comparing drafts with the likeliest tokens; commit "
+      "keeps the accepted rows of the caches.",
+      to_svg(chart));
 }
 
 std::string step_costs(const Report& report) {

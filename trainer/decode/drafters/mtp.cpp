@@ -191,8 +191,10 @@ void MtpDrafter::propose(const Context& ctx, std::span<const SequenceView> seque
   kernels::synchronize(ctx.device, ctx.stream);
   for (int64_t b = 0; b < static_cast<int64_t>(sequences.size()); ++b)
     for (int64_t draft = 1; draft <= counts[b]; ++draft) {
+      const int32_t token = found_.data<int32_t>()[row_of(b, draft)];
+      if (token < 0) break;  // nothing to draw from: the model says NaN
       const float* q = settings.sample ? q_.slice(row_of(b, draft), 1).as<float>() : nullptr;
-      trees[b].add(static_cast<int>(draft) - 1, found_.data<int32_t>()[row_of(b, draft)], q);
+      trees[b].add(static_cast<int>(draft) - 1, token, q);
     }
 }
 
