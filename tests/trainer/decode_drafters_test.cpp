@@ -291,31 +291,34 @@ TEST(Drafters, MtpProposesWhatItsDepthsSayOfTheWholeText) {
     }
 }
 
+void expect_tokens_of_every_drafter(const Model& model, int64_t batch) {
+  const std::vector<std::vector<int32_t>> prompts = {random_tokens(20, 5), random_tokens(9, 6)};
+  Decoder decoder({}, model, batch, 256);
+  for (const char* name : {"medusa", "medusa_tree", "mtp"})
+    for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
+      const auto drafter = make_drafter(decoder, name, model.config().decode);
+      DecodeSettings settings;
+      settings.max_tokens = 70;
+      settings.acceptance = rule;
+      settings.temperature = rule == Acceptance::greedy ? 0 : 1;
+      const DecodeRun run = decoder.run(std::span(prompts).first(batch), settings, drafter.get());
+      for (const DecodedSequence& sequence : run.sequences) {
+        EXPECT_EQ(sequence.tokens.size(), 70u);
+        for (const int32_t token : sequence.tokens)
+          ASSERT_TRUE(token >= 0 && token < model.vocabulary()) << name << " " << to_string(rule);
+      }
+    }
+}
+
 // A model that has diverged has nothing to draw drafts from, and its text is still made of tokens.
 TEST(Drafters, OfAModelOfNaNProposeTokensOrNothing) {
-  const Context ctx;
-  const std::vector<std::vector<int32_t>> prompts = {random_tokens(20, 5), random_tokens(9, 6)};
+  TinyOptions options;
+  options.mtp = 2;
+  options.sharpness = std::numeric_limits<double>::quiet_NaN();
   for (const bool sequential : {false, true}) {
-    TinyOptions options;
     options.medusa_sequential = sequential;
-    options.mtp = 2;
-    options.sharpness = std::numeric_limits<double>::quiet_NaN();
     const auto model = tiny_model(options);
-    Decoder decoder(ctx, *model, 2, 256);
-    for (const char* name : {"medusa", "medusa_tree", "mtp"})
-      for (const Acceptance rule : {Acceptance::greedy, Acceptance::rejection, Acceptance::typical}) {
-        const auto drafter = make_drafter(decoder, name, model->config().decode);
-        DecodeSettings settings;
-        settings.max_tokens = 70;
-        settings.acceptance = rule;
-        settings.temperature = rule == Acceptance::greedy ? 0 : 1;
-        const DecodeRun run = decoder.run(prompts, settings, drafter.get());
-        for (const DecodedSequence& sequence : run.sequences) {
-          EXPECT_EQ(sequence.tokens.size(), 70u);
-          for (const int32_t token : sequence.tokens)
-            ASSERT_TRUE(token >= 0 && token < options.vocabulary) << name << " " << to_string(rule);
-        }
-      }
+    for (const int64_t batch : {1, 2}) expect_tokens_of_every_drafter(*model, batch);
   }
 }
 
