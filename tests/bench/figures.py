@@ -211,7 +211,8 @@ def gpu_proofs():
         torch = losses["peer_versions"]["torch"].split("+")[0]
         half, full = losses["peer"]["fp16"], losses["peer"]["fp32"]
         own = max(abs(a / b - 1) for a, b in zip(half, full))
-        table.append((work, found, f"PyTorch {torch}, its own fp16 beside its fp32: {own:.1e}", "", f"{losses['allowed']:.1e}"))
+        allowed = ", ".join(f"{p} {d:.1e}" for p, d in losses["allowed"].items())
+        table.append((work, found, f"PyTorch {torch}, its own fp16 beside its fp32: {own:.1e}", "", allowed))
     if precision:
         tokens = precision["curves"]["fp32"]["tokens"][-1]
         half, full = (precision[p]["loss"] for p in ("fp16", "fp32"))

@@ -199,20 +199,21 @@ def scaling(out, runs, peer):
 
 
 def losses(out, half, full, peer):
-    """FP16's rounding is what the peer's own FP16 differs from its FP32 by; ours may differ from the peer's by as much
-    again, since two roundings meet, and by 0.1% where that is less. Our FP16 stands beside the peer's FP32 too, which
-    no skipped step shifts."""
+    """Two FP32 runs differ by the order of sums alone, 1e-7 in a loss, which some fifty updates carry further: by 0.1% at
+    the most. FP16 stays within 1% of FP32, as in training: ours of the peer's, which no skipped step shifts. Two FP16
+    runs may differ by twice what the peer's own two differ by, since two roundings meet."""
     ours = {"fp16": [s["loss"] for s in steps_of(half)], "fp32": [s["loss"] for s in steps_of(full)]}
     rows = lines_of(peer)
     theirs = {row["precision"]: row["losses"] for row in rows}
     count = min(map(len, [*ours.values(), *theirs.values()]))
-    allowed = max(2 * furthest(theirs["fp16"][:count], theirs["fp32"][:count]), 1e-3)
+    own = furthest(theirs["fp16"][:count], theirs["fp32"][:count])
+    allowed = {"fp16": max(2 * own, 1e-3), "fp32": 1e-3, "fp16 beside fp32": 1e-2}
     differences = {p: furthest(ours[p][:count], theirs[p][:count]) for p in ours}
     differences["fp16 beside fp32"] = furthest(ours["fp16"][:count], theirs["fp32"][:count])
     skipped = [s["step"] for s in steps_of(half) if s["skipped"]]
     result = {"steps": count, "allowed": allowed, "largest_relative_difference": differences, "skipped": skipped}
     write(out, {**result, "ours": ours, "peer": theirs, "peer_versions": rows[0]["versions"]})
-    problems = [f"{p} differs by {d:.2e}, allowed {allowed:.2e}" for p, d in differences.items() if d > allowed]
+    problems = [f"{p} differs by {d:.2e}, allowed {allowed[p]:.2e}" for p, d in differences.items() if d > allowed[p]]
     said = ", ".join(f"{p} {d:.2e}" for p, d in differences.items())
     return finish(f"{count} steps, largest relative difference of the loss to PyTorch: {said}", problems)
 

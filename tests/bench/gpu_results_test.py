@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What gpu_results.py makes of the logs of compute-sanitizer: an error, or a test that did not end, is never lost."""
+"""What gpu_results.py makes of its inputs: an error, a test that did not end, or a loss that is off is never lost."""
 
 import contextlib
 import io
@@ -68,6 +68,32 @@ class Sanitizers(unittest.TestCase):
     def test_what_another_run_ended_is_ended(self):
         tool, code = self.of((HEAD, "A.One:A.Two/x"), (CLEAN, "A.One:A.Two/x"))
         self.assertEqual((tool["tests"], tool["not_ended"], code), (2, [], 0))
+
+
+class Losses(unittest.TestCase):
+    def of(self, half, full, peer_half, peer_full):
+        """The largest differences, and the exit code."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = [pathlib.Path(folder, name) for name in ("half", "full", "peer")]
+            for path, losses in zip(files, (half, full)):
+                path.write_text("".join(json.dumps({"step": 1, "loss": x, "skipped": False}) + "\n" for x in losses))
+            rows = [{"precision": p, "losses": x, "versions": {}} for p, x in (("fp16", peer_half), ("fp32", peer_full))]
+            files[2].write_text("".join(json.dumps(row) + "\n" for row in rows))
+            out = pathlib.Path(folder, "out.json")
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = gpu_results.losses(out, *files)
+            return json.loads(out.read_text())["largest_relative_difference"], code
+
+    def test_what_agrees(self):
+        self.assertEqual(self.of([10.01, 9.0], [10.0, 9.0], [10.0, 9.01], [10.0, 9.0])[1], 0)
+
+    def test_a_peer_whose_fp16_is_far_off_excuses_nothing(self):
+        off = [10.0, 12.0]
+        self.assertEqual(self.of([10.0, 9.0], [10.0, 9.0], off, [10.0, 9.0])[1], 0)
+        differences, code = self.of([10.0, 9.0], [10.0, 9.02], off, [10.0, 9.0])
+        self.assertEqual((round(differences["fp32"], 5), code), (0.00222, 1))
+        differences, code = self.of([10.0, 9.2], [10.0, 9.0], off, [10.0, 9.0])
+        self.assertEqual((round(differences["fp16 beside fp32"], 4), code), (0.0222, 1))
 
 
 if __name__ == "__main__":
